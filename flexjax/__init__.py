@@ -1,0 +1,1 @@
+"""High-throughput generation with models that do not fit the accelerator."""

@@ -1,0 +1,258 @@
+"""Frozen records that state a problem: model, workload, policy, sampling.
+
+They hide nothing and import no JAX, so that planning and scheduling can be
+read, tested and run on a machine without an accelerator.
+"""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from flexjax.errors import InputError
+
+DTYPE_BYTES = {'float32': 4, 'bfloat16': 2, 'float16': 2}
+_UNITS = {'': 1, 'k': 10**3, 'm': 10**6, 'g': 10**9, 't': 10**12}
+_UNITS |= {u + 'i': 1024**n for n, u in enumerate(('', *'kmgt')) if u}
+
+
+def parse_bytes(text: str | int | None) -> int | None:
+  """Reads a size: `16GiB`, `1.5 GB`, `800M`, a number of bytes, or None.
+
+  Raises:
+    InputError: the text is no size, or is not positive.
+  """
+  if text is None or text == '':
+    return None
+  match = re.fullmatch(
+    r'\s*([0-9]*\.?[0-9]+)\s*([kmgt]?i?)b?\s*', str(text), re.IGNORECASE
+  )
+  unit = _UNITS.get(match[2].lower()) if match else None
+  if match is None or unit is None:
+    raise InputError(f"'{text}' is not a size; write one like 16GiB or 800MB")
+  if not (value := int(float(match[1]) * unit)):
+    raise InputError(f"a size must be positive, got '{text}'")
+  return value
+
+
+def format_bytes(count: float) -> str:
+  """Writes a size in binary units: `1.50 GiB`."""
+  for unit in ('B', 'KiB', 'MiB', 'GiB'):
+    if abs(count) < 1024 or unit == 'GiB':
+      return f'{count:.0f} B' if unit == 'B' else f'{count:.2f} {unit}'
+    count /= 1024
+  raise AssertionError
+
+
+def _refuse_unless(ok: bool, message: str) -> None:
+  if not ok:
+    raise InputError(message)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+  """A model of the OPT family; sizes in elements.
+
+  Attributes:
+    embed_size: width of the token table; where it differs from `hidden_size`
+      the model projects in and out (OPT-350M).
+    pre_layer_norm: normalise before each sub-layer, not after the residual.
+    final_layer_norm: normalise before the head.
+    bias: linear layers have biases.
+    norm_affine: layer norms have scale and bias.
+    max_positions: longest context, prompt and new tokens together.
+    tied_head: the head multiplies by the token table.
+    checkpoint_dtype: dtype that the checkpoint says it is stored in.
+  """
+
+  num_layers: int
+  num_heads: int
+  hidden_size: int
+  ffn_size: int
+  embed_size: int
+  vocab_size: int = 50272
+  max_positions: int = 2048
+  activation: str = 'relu'
+  pre_layer_norm: bool = True
+  final_layer_norm: bool = True
+  bias: bool = True
+  norm_affine: bool = True
+  tied_head: bool = True
+  checkpoint_dtype: str = 'float16'
+  bos_id: int = 2
+  eos_id: int = 2
+  pad_id: int = 1
+
+  def __post_init__(self) -> None:
+    for name in ('num_layers', 'num_heads', 'hidden_size', 'ffn_size'):
+      _refuse_unless(
+        getattr(self, name) > 0, f'{name} must be positive: {self}'
+      )
+    _refuse_unless(
+      self.hidden_size % self.num_heads == 0,
+      f'hidden_size {self.hidden_size} is not a multiple of num_heads '
+      f'{self.num_heads}',
+    )
+
+  @property
+  def head_size(self) -> int:
+    return self.hidden_size // self.num_heads
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Workload:
+  """One block of requests: B x K prompts of T tokens, `gen_len` new ones.
+
+  `gen_len` 0 means scoring: a prefill that keeps no cache.
+  """
+
+  batch_size: int
+  num_batches: int
+  prompt_len: int
+  gen_len: int
+
+  def __post_init__(self) -> None:
+    for name in ('batch_size', 'num_batches', 'prompt_len'):
+      _refuse_unless(
+        getattr(self, name) > 0,
+        f'{name} must be at least 1, got {getattr(self, name)}',
+      )
+    _refuse_unless(
+      self.gen_len >= 0, f'gen_len must not be negative, got {self.gen_len}'
+    )
+
+  @property
+  def cache_len(self) -> int:
+    """Rows S of the cache: the last token's keys are never needed."""
+    return self.prompt_len + self.gen_len - 1 if self.gen_len > 1 else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+  """Percentages of a class of tensors on device, host and disk."""
+
+  device: float
+  host: float
+  disk: float
+
+  def __post_init__(self) -> None:
+    parts = dataclasses.astuple(self)
+    _refuse_unless(
+      all(0 <= p <= 100 for p in parts) and abs(sum(parts) - 100) < 1e-6,
+      f'a split must be three percentages that sum to 100, got '
+      f'{sum(parts):g} from ({", ".join(f"{p:g}" for p in parts)})',
+    )
+
+  @classmethod
+  def parse(cls, value: 'str | Sequence[float] | Split | None', name: str) -> (
+    'Split | None'
+  ):
+    """Reads `20,80,0` or (20, 80, 0); None and '' mean not given.
+
+    Raises:
+      InputError: it is not three percentages that sum to 100; names `name`.
+    """
+    if value is None or value == '' or isinstance(value, Split):
+      return value or None
+    parts = value.split(',') if isinstance(value, str) else value
+    try:
+      device, host, disk = (float(p) for p in parts)
+    except (TypeError, ValueError):
+      raise InputError(
+        f'--{name} takes three percentages (device, host, disk) like '
+        f"20,80,0, got '{value}'"
+      ) from None
+    try:
+      return cls(device, host, disk)
+    except InputError as e:
+      raise InputError(f'--{name}: {e}') from None
+
+  def __iter__(self):
+    return iter(dataclasses.astuple(self))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Policy:
+  """How a block runs. A split that is None is filled as high up as it fits.
+
+  Attributes:
+    weights, cache, hidden: where each class of tensors lives.
+    schedule: 'zigzag' (the paper's block schedule) or 'row' (its baseline).
+    prefetch_depth: how many layer visits ahead weights are loaded, and how
+      many cells ahead cache and hidden states are.
+    overlap: False makes every load and store wait for its turn.
+    attention: where decode attention reads the cache: 'device', or 'host'
+      (computed by the CPU beside a host-resident cache).
+  """
+
+  weights: Split | None = None
+  cache: Split | None = None
+  hidden: Split | None = None
+  schedule: str = 'zigzag'
+  prefetch_depth: int = 2
+  overlap: bool = True
+  attention: str = 'device'
+
+  def __post_init__(self) -> None:
+    _refuse_unless(
+      self.schedule in ('zigzag', 'row'),
+      f"schedule must be 'zigzag' or 'row', got '{self.schedule}'",
+    )
+    _refuse_unless(
+      self.attention in ('device', 'host'),
+      f"attention must be 'device' or 'host', got '{self.attention}'",
+    )
+    _refuse_unless(
+      1 <= self.prefetch_depth <= 64,
+      f'prefetch_depth must be between 1 and 64, got {self.prefetch_depth}',
+    )
+    _refuse_unless(
+      self.attention == 'device' or self.cache in (None, Split(0, 100, 0)),
+      'attention=host reads the cache in host memory: give cache=0,100,0 or '
+      'leave it out',
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+  """How one request is continued.
+
+  Attributes:
+    max_new_tokens: at most so many tokens are generated.
+    temperature: 0 is greedy; otherwise logits are divided by it.
+    top_k: keep the k likeliest tokens; 0 keeps all.
+    top_p: then keep the smallest set whose probability reaches p.
+    seed: of this request's own random stream. Requests that share a seed and
+      a prompt get the same text; None takes the request's index.
+    stop: strings that end the text; the text ends before the first of them.
+    stop_token_ids: token ids that end the text, left out of it like eos.
+    ignore_eos: go on past the end-of-text token.
+    truncate_prompt: drop a too long prompt's oldest tokens instead of
+      refusing it.
+  """
+
+  max_new_tokens: int = 32
+  temperature: float = 0.0
+  top_k: int = 0
+  top_p: float = 1.0
+  seed: int | None = None
+  stop: tuple[str, ...] = ()
+  stop_token_ids: tuple[int, ...] = ()
+  ignore_eos: bool = False
+  truncate_prompt: bool = False
+
+  def __post_init__(self) -> None:
+    if isinstance(self.stop, str):
+      object.__setattr__(self, 'stop', (self.stop,))
+    checks: list[tuple[bool, str, Any]] = [
+      (self.max_new_tokens >= 1, 'max_new_tokens must be at least 1', ''),
+      (self.temperature >= 0, 'temperature must not be negative', ''),
+      (self.top_k >= 0, 'top_k must not be negative', ''),
+      (0 < self.top_p <= 1, 'top_p must be in (0, 1]', ''),
+      (all(self.stop), 'a stop string must not be empty', ''),
+    ]
+    for ok, message, _ in checks:
+      name = message.split()[0]
+      _refuse_unless(ok, f'{message}, got {getattr(self, name, self.stop)}')
+    object.__setattr__(self, 'stop', tuple(self.stop))
+    object.__setattr__(self, 'stop_token_ids', tuple(self.stop_token_ids))

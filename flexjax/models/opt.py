@@ -1,0 +1,318 @@
+"""OPT in Flax Linen: Embed, Attention, MLP, Head, all of one signature.
+
+A layer maps (weights, hidden, cache, start, position) to (hidden, new cache
+rows). It knows no tier and no schedule: weights and cache are handed in, new
+rows are handed out, and whoever calls decides where either lives.
+
+Weights are few large arrays in the checkpoint's own [out, in] orientation, so
+that converting never transposes; vectors of a layer are packed into one.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+from flexjax.config import ModelConfig
+from flexjax.typing import Shapes
+
+POSITION_OFFSET = 2  # OPT's position table starts at row 2
+ACTIVATIONS = {
+  'relu': jax.nn.relu,
+  'gelu': lambda x: jax.nn.gelu(x, approximate=False),
+  'gelu_new': jax.nn.gelu,
+  'gelu_pytorch_tanh': jax.nn.gelu,
+  'silu': jax.nn.silu,
+  'swish': jax.nn.silu,
+  'quick_gelu': lambda x: x * jax.nn.sigmoid(1.702 * x),
+}
+_QUERY_CHUNK = 256  # positions; scores beyond it are never held at once
+_SCORE_BYTES = 64 * 2**20  # float32 scores held at once in a prefill
+_MASKED = -1e30  # finite: a row that is all padding must not become NaN
+
+
+class Layer(NamedTuple):
+  """One layer of the schedule.
+
+  Attributes:
+    kind: 'embed', 'attention', 'mlp' or 'head'.
+    module: what it computes.
+    groups: which weight groups it reads (see `weight_groups`).
+  """
+
+  kind: str
+  module: nn.Module
+  groups: tuple[int, ...]
+
+
+def layers(config: ModelConfig, dtype: DTypeLike) -> tuple[Layer, ...]:
+  """Returns the J = 2 * num_layers + 2 layers, embed first, head last."""
+  make = {'config': config, 'dtype': jnp.dtype(dtype)}
+  last = 2 * config.num_layers + 2
+  body = [
+    Layer(kind, module(**make), (2 + 2 * n + m,))
+    for n in range(config.num_layers)
+    for m, (kind, module) in enumerate((('attention', Attention), ('mlp', MLP)))
+  ]
+  head_groups = (0, last) if config.tied_head else (last,)
+  return (
+    Layer('embed', Embed(**make), (0, 1)),
+    *body,
+    Layer('head', Head(**make), head_groups),
+  )
+
+
+def weight_groups(config: ModelConfig) -> tuple[Shapes, ...]:
+  """Returns tensor shapes of every weight group: the unit of placement.
+
+  Group 0 is the token table, a group of its own because a tied head reads it
+  too; then the rest of the embedding, attention and MLP in turn, the head.
+  """
+  d, f, e = config.hidden_size, config.ffn_size, config.embed_size
+  attention = {'qkv': (3 * d, d), 'out': (d, d)}
+  mlp = {'fc1': (f, d), 'fc2': (d, f)}
+  embed = {'positions': (config.max_positions + POSITION_OFFSET, d)}
+  head: dict[str, tuple[int, ...]] = {}
+  if e != d:
+    embed['project_in'] = (d, e)
+    head['project_out'] = (e, d)
+  if not config.tied_head:
+    head['table'] = (config.vocab_size, e)
+  groups = [{'table': (config.vocab_size, e)}, embed]
+  groups += [attention, mlp] * config.num_layers + [head]
+  kinds = ['', '', *['attention', 'mlp'] * config.num_layers, 'head']
+  return tuple(
+    {**shapes, 'vectors': (total,)} if total else shapes
+    for shapes, kind in zip(groups, kinds, strict=True)
+    if (total := sum(vector_sizes(config, kind).values())) >= 0
+  )
+
+
+def vector_sizes(config: ModelConfig, kind: str) -> dict[str, int]:
+  """Returns the vectors packed into a layer's `vectors`, in their order."""
+  d = config.hidden_size
+  norm = {'scale': d, 'offset': d} if config.norm_affine else {}
+  if kind == 'head':
+    return norm if config.final_layer_norm else {}
+  if kind == 'attention':
+    return norm | ({'qkv': 3 * d, 'out': d} if config.bias else {})
+  if kind == 'mlp':
+    return norm | ({'fc1': config.ffn_size, 'fc2': d} if config.bias else {})
+  return {}
+
+
+class _Base(nn.Module):
+  """What the four layers share: their parameters and a linear map."""
+
+  config: ModelConfig
+  dtype: jnp.dtype
+
+  def weight(self, name: str, *shape: int) -> Array:
+    return self.param(name, nn.initializers.normal(0.02), shape, self.dtype)
+
+  def vectors(self, kind: str) -> Mapping[str, Array]:
+    """Unpacks the layer's biases, norm scale and norm offset, in float32."""
+    sizes = vector_sizes(self.config, kind)
+    if not sizes:
+      return {}
+
+    def init(key, shape, dtype):
+      del key, shape
+      fill = {'scale': jnp.ones}
+      return jnp.concatenate(
+        [fill.get(n, jnp.zeros)(s, dtype) for n, s in sizes.items()]
+      )
+
+    packed = self.param('vectors', init, (sum(sizes.values()),), self.dtype)
+    out, begin = {}, 0
+    for name, size in sizes.items():
+      out[name] = packed[begin : begin + size].astype(jnp.float32)
+      begin += size
+    return out
+
+  def norm(self, x: Array, v: Mapping[str, Array]) -> Array:
+    """Layer norm over D in float32."""
+    x = x.astype(jnp.float32)
+    mean = x.mean(-1, keepdims=True)
+    var = jnp.square(x - mean).mean(-1, keepdims=True)
+    x = (x - mean) * jax.lax.rsqrt(var + 1e-5)
+    if 'scale' in v:
+      x = x * v['scale'] + v['offset']
+    return x.astype(self.dtype)
+
+
+class Embed(_Base):
+  """Token ids [B, T] -> hidden [B, T, D]."""
+
+  @nn.compact
+  def __call__(self, hidden, cache, start, position):
+    del cache
+    c = self.config
+    table = self.weight('table', c.vocab_size, c.embed_size)
+    positions = self.weight(
+      'positions', c.max_positions + POSITION_OFFSET, c.hidden_size
+    )
+    x = table[hidden]  # [B, T, E]
+    if c.embed_size != c.hidden_size:
+      x = linear(x, self.weight('project_in', c.hidden_size, c.embed_size))
+    column = position + jnp.arange(hidden.shape[1])
+    row = jnp.maximum(column - start[:, None], 0)  # [B, T]
+    return x + positions[row + POSITION_OFFSET], None
+
+
+class Attention(_Base):
+  """Self-attention with its norm and residual; returns new cache rows.
+
+  Cache and rows are [2, B, N, S or T, H], keys then values: rows of a head lie
+  together, the layout that batched products read without a transpose.
+  """
+
+  @nn.compact
+  def __call__(self, hidden, cache, start, position):
+    q, rows = self.project(hidden)
+    x = attend(q, rows, cache, start, position)
+    return self.output(hidden, x), rows
+
+  @nn.compact
+  def project(self, hidden):
+    """hidden [B, T, D] -> queries [B, N, T, H], new rows [2, B, N, T, H]."""
+    b, t, d = hidden.shape
+    v = self.vectors('attention')
+    x = self.norm(hidden, v) if self.config.pre_layer_norm else hidden
+    x = linear(x, self.weight('qkv', 3 * d, d), v.get('qkv'))
+    x = x.reshape(b, t, 3, self.config.num_heads, self.config.head_size)
+    x = x.transpose(2, 0, 3, 1, 4)  # [3, B, N, T, H]
+    return x[0] * (self.config.head_size**-0.5), x[1:]
+
+  @nn.compact
+  def output(self, hidden, x):
+    """Attended values [B, N, T, H] -> hidden [B, T, D], residual added."""
+    b, t, d = hidden.shape
+    v = self.vectors('attention')
+    x = x.transpose(0, 2, 1, 3).reshape(b, t, d)
+    x = hidden + linear(x, self.weight('out', d, d), v.get('out'))
+    return x if self.config.pre_layer_norm else self.norm(x, v)
+
+
+class MLP(_Base):
+  """Feed-forward network with its norm and residual."""
+
+  @nn.compact
+  def __call__(self, hidden, cache, start, position):
+    del cache, start, position
+    c = self.config
+    v = self.vectors('mlp')
+    x = self.norm(hidden, v) if c.pre_layer_norm else hidden
+    x = linear(x, self.weight('fc1', c.ffn_size, c.hidden_size), v.get('fc1'))
+    x = ACTIVATIONS[c.activation](x)
+    x = linear(x, self.weight('fc2', c.hidden_size, c.ffn_size), v.get('fc2'))
+    x = hidden + x
+    return x if c.pre_layer_norm else self.norm(x, v), None
+
+
+class Head(_Base):
+  """hidden [B, T, D] -> float32 logits [B, V] of the last position."""
+
+  @nn.compact
+  def __call__(self, hidden, cache, start, position):
+    del cache, start, position
+    return self.logits(hidden[:, -1:])[:, 0], None
+
+  @nn.compact
+  def logits(self, hidden):
+    """hidden [B, T, D] -> float32 logits [B, T, V]."""
+    c = self.config
+    v = self.vectors('head')
+    x = self.norm(hidden, v) if c.final_layer_norm else hidden
+    if c.embed_size != c.hidden_size:
+      x = linear(x, self.weight('project_out', c.embed_size, c.hidden_size))
+    table = self.weight('table', c.vocab_size, c.embed_size)
+    return linear(x, table, dtype=jnp.float32)
+
+
+def linear(x: Array, w: Array, bias: Array | None = None, dtype=None) -> Array:
+  """x [..., in], w [out, in] -> [..., out]; accumulates in float32."""
+  rows = x.reshape(-1, x.shape[-1])
+  n = rows.shape[0]
+  if n < 4 and w.dtype.itemsize < 4:
+    # XLA:CPU: one 16-bit row takes ten times as long as four.
+    rows = jnp.pad(rows, ((0, 4 - n), (0, 0)))
+  y = jax.lax.dot_general(
+    rows, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+  )[:n]
+  if bias is not None:
+    y = y + bias
+  return y.astype(dtype or x.dtype).reshape(*x.shape[:-1], w.shape[0])
+
+
+def attend(
+  q: Array, rows: Array, cache: Array | None, start: Array, position: Array
+) -> Array:
+  """Causal attention of T new tokens over the cache and over themselves.
+
+  Args:
+    q: queries [B, N, T, H], already scaled.
+    rows: keys and values of the new tokens [2, B, N, T, H].
+    cache: keys and values [2, B, N, S, H], of which `position` rows hold
+      tokens; None where there are none yet.
+    start: [B] columns of left padding in each row of the batch.
+    position: column of the first new token.
+
+  Returns:
+    Attended values [B, N, T, H] in `q`'s dtype; softmax is in float32.
+  """
+  if cache is not None:
+    return _attend_cached(q, rows, cache, start, position)
+  _, n, t, _ = q.shape
+  chunk_bytes = 4 * n * min(t, _QUERY_CHUNK) * t
+  return jax.lax.map(
+    lambda row: _attend_fresh(*row),
+    (q, rows[0], rows[1], start),
+    batch_size=max(1, min(q.shape[0], _SCORE_BYTES // chunk_bytes)),
+  )
+
+
+def _attend_fresh(q, k, v, start):
+  """One prompt: q, k, v [N, T, H]; queries in chunks, keys up to each."""
+  t = q.shape[1]
+  out = []
+  for begin in range(0, t, _QUERY_CHUNK):
+    end = min(begin + _QUERY_CHUNK, t)
+    s = _product('nth,nsh->nts', q[:, begin:end], k[:, :end])
+    column = jnp.arange(end)
+    seen = (column <= jnp.arange(begin, end)[:, None]) & (column >= start)
+    p = jax.nn.softmax(jnp.where(seen, s, _MASKED), axis=-1)
+    out.append(_product('nts,nsh->nth', p.astype(v.dtype), v[:, :end]))
+  return jnp.concatenate(out, axis=1).astype(q.dtype)
+
+
+def _attend_cached(q, rows, cache, start, position):
+  """Two softmaxes in one: over the cache's rows and over the new ones."""
+  t = q.shape[2]
+  queries = q
+  if t == 1 and q.dtype.itemsize < 4:
+    # XLA:CPU: a single 16-bit query reads the cache at 1 GB/s, two at 7.
+    queries = jnp.concatenate([q, q], axis=2)
+  old = _product('bnth,bnsh->bnts', queries, cache[0])
+  new = _product('bnth,bnsh->bnts', queries, rows[0])
+  column = jnp.arange(cache.shape[3])
+  seen = (column < position) & (column >= start[:, None])  # [B, S]
+  old = jnp.where(seen[:, None, None], old, _MASKED)
+  column = jnp.arange(t)
+  seen = column <= jnp.arange(queries.shape[2])[:, None]
+  seen = seen & (position + column >= start[:, None])[:, None]  # [B, T, T]
+  new = jnp.where(seen[:, None], new, _MASKED)
+  top = jnp.maximum(old.max(-1), new.max(-1))[..., None]
+  old, new = jnp.exp(old - top), jnp.exp(new - top)
+  total = (old.sum(-1) + new.sum(-1))[..., None]
+  x = _product('bnts,bnsh->bnth', old.astype(q.dtype), cache[1])
+  x = x + _product('bnts,bnsh->bnth', new.astype(q.dtype), rows[1])
+  return (x / total)[:, :, :t].astype(q.dtype)
+
+
+def _product(spec: str, a: Array, b: Array) -> Array:
+  return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
