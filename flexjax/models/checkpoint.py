@@ -5,6 +5,7 @@ spread over files and what they are called there. A checkpoint is verified
 when it is opened; then one group at a time streams through in pieces.
 """
 
+import dataclasses
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from flexjax.config import DTYPE_BYTES
 from flexjax.errors import InputError
 from flexjax.models.hf_config import read_config, read_json
 from flexjax.models.hf_names import canonical, layout
@@ -53,6 +55,7 @@ class Checkpoint:
     files, tensors = _open_weights(path)
     self._tensors = canonical(tensors)
     self._layout = layout(self.config)
+    self._find_dtype()
     self.fingerprint = _fingerprint(path / 'config.json', files)
 
   @classmethod
@@ -102,6 +105,16 @@ class Checkpoint:
       raise InputError(
         f"{tensor.path}: tensor '{tensor.name}' has no place in the model "
         'that config.json describes'
+      )
+
+  def _find_dtype(self) -> None:
+    """Takes the token table's dtype where config.json does not say one."""
+    fields = read_json(self.path / 'config.json')
+    table = self._tensors.get('embed_tokens.weight')
+    stated = fields.get('dtype') or fields.get('torch_dtype')
+    if not stated and table and table.dtype.name in DTYPE_BYTES:
+      self.config = dataclasses.replace(
+        self.config, checkpoint_dtype=table.dtype.name
       )
 
   def _verify_tied(self, head: LazyTensor) -> None:

@@ -8,8 +8,8 @@ so that a hostile file cannot run anything.
 
 import collections
 import io
-import math
 import pickle
+import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,7 +33,8 @@ _STORAGES: dict[str, Any] = {
   'ByteStorage': np.uint8,
   'BoolStorage': np.bool_,
 }
-_PICKLE_BYTES = 256 * 2**20  # 175B parameters take less than one MiB
+_PICKLE_BYTES = 64 * 2**20  # 175B parameters take less than one MiB
+_OLD_MAGIC = b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.'
 _LOCAL_HEADER = 30  # bytes of a zip member's header before name and extra
 
 
@@ -64,8 +65,14 @@ def open_torch(path: Path) -> Mapping[str, LazyTensor]:
       format before 1.6, or holds anything but named tensors; names it.
   """
   try:
-    with path.open('rb') as file, zipfile.ZipFile(file) as archive:
-      views = _Reader(path, file, archive).load()
+    with path.open('rb') as file:
+      if file.read(len(_OLD_MAGIC)) == _OLD_MAGIC:
+        raise InputError(
+          f"{path} is in PyTorch's format before 1.6: load it and save it "
+          'again with a newer PyTorch'
+        )
+      with zipfile.ZipFile(file) as archive:
+        views = _Reader(path, file, archive).load()
   except InputError:
     raise
   except OSError as e:
@@ -180,8 +187,6 @@ def _rebuild_tensor(storage, first, shape, strides, *_) -> _View:
       f'a tensor of shape {view.shape} and strides {view.strides} reaches '
       f'past the {storage.size} elements of its storage'
     )
-  if math.prod(view.shape) > storage.size:
-    raise ValueError(f'a tensor of shape {view.shape} repeats its storage')
   return view
 
 

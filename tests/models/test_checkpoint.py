@@ -238,6 +238,16 @@ def test_fingerprint(tmp_path):
   assert Checkpoint.open(tmp_path / 'a').fingerprint != first
 
 
+@pytest.mark.parametrize('dtype', ['float16', 'bfloat16', 'float32'])
+def test_dtype_that_config_does_not_say(tmp_path, dtype):
+  save(make_model().to(getattr(torch, dtype)), tmp_path)
+  config = tmp_path / 'config.json'
+  fields = json.loads(config.read_text())
+  del fields['dtype']
+  config.write_text(json.dumps(fields))
+  assert Checkpoint.open(tmp_path).config.checkpoint_dtype == dtype
+
+
 @pytest.mark.parametrize('kind', FORMATS)
 def test_truncated_file(tmp_path, kind):
   save(make_model(), tmp_path, kind)
