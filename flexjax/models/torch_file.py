@@ -138,11 +138,8 @@ class _Reader:
     header = self.file.read(_LOCAL_HEADER)
     if len(header) < _LOCAL_HEADER or header[:4] != b'PK\3\4':
       raise InputError(f"{self.path}: its member '{name}' has no header")
-    lengths = (
-      int.from_bytes(header[26:28], 'little'),
-      int.from_bytes(header[28:30], 'little'),
-    )
-    begin = info.header_offset + _LOCAL_HEADER + sum(lengths)
+    begin = info.header_offset + _LOCAL_HEADER
+    begin += sum(struct.unpack('<HH', header[26:]))
     if begin + info.file_size > self.end:
       raise InputError(f"{self.path} is truncated in its member '{name}'")
     return begin, info

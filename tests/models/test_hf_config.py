@@ -202,7 +202,7 @@ def test_malformed(read, text):
 
 
 def test_missing_and_not_text(tmp_path):
-  with pytest.raises(InputError, match='cannot read .*none'):
+  with pytest.raises(InputError, match=r'cannot read .*none'):
     read_config(tmp_path / 'none')
   (tmp_path / 'config.json').write_bytes(b'\xff\xfe\xfd')
   with pytest.raises(InputError, match='not JSON'):
