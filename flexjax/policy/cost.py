@@ -1,0 +1,66 @@
+"""What a policy costs: bytes per tier, as pure functions of the problem.
+
+Each formula stands once. The plan, the budget check and (later) the linear
+program all evaluate these; the runtime reports the same quantities.
+"""
+
+import dataclasses
+
+from flexjax.config import ModelConfig, Workload
+
+_F32 = 4
+SCORE_BYTES = 64 * 2**20  # of float32 scores a prefill holds at once
+SCORED_BYTES = 64 * 2**20  # of float32 logits that scoring holds at once
+
+
+def cache_bytes(config: ModelConfig, work: Workload, itemsize: int) -> int:
+  """Bytes of one (layer, batch) KV cache: keys and values [2, B, N, S, H]."""
+  return 2 * work.batch_size * work.cache_len * config.hidden_size * itemsize
+
+
+def hidden_bytes(config: ModelConfig, work: Workload, itemsize: int) -> int:
+  """Bytes of one batch's hidden states [B, T, D], in prefill."""
+  return work.batch_size * work.prompt_len * config.hidden_size * itemsize
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Workspace:
+  """Bytes a layer function needs beside its inputs, at its peak."""
+
+  attention: int
+  mlp: int
+  head: int
+
+  @property
+  def peak(self) -> int:
+    return max(self.attention, self.mlp, self.head)
+
+
+def workspace(
+  config: ModelConfig, work: Workload, itemsize: int, *, sampled: bool = True
+) -> Workspace:
+  """Temporaries and results of the layer functions, prefill and decode.
+
+  Prefill of b rows and t tokens. Attention holds the normalised input, the
+  fused product in float32 (3 d) and its transposed copy, the new rows and the
+  attended values, and three copies of a chunk of scores. The MLP holds its
+  inner activations (f), once in float32 and once in the compute type. The
+  head holds float32 logits of one position, four times while it sorts them.
+  """
+  tokens = work.batch_size * work.prompt_len
+  d, f = config.hidden_size, config.ffn_size
+  row_scores = _F32 * config.num_heads * min(work.prompt_len, 256)
+  row_scores *= work.prompt_len
+  chunk_rows = min(work.batch_size, max(1, SCORE_BYTES // row_scores))
+  attention = tokens * d * (4 * _F32 + 6 * itemsize)
+  attention += 3 * chunk_rows * row_scores
+  # Decode: scores of the whole cache, twice where queries are doubled.
+  columns = work.prompt_len + work.gen_len
+  scores = 4 * work.batch_size * config.num_heads * columns * _F32
+  mlp = tokens * (f * (_F32 + itemsize) + d * (2 * _F32 + 2 * itemsize))
+  logits = work.batch_size * config.vocab_size * _F32
+  head = logits * (4 if sampled else 2)
+  if not work.gen_len:
+    head = 3 * max(SCORED_BYTES, config.vocab_size * _F32)
+  head += tokens * d * itemsize
+  return Workspace(attention=max(attention, scores), mlp=mlp, head=head)

@@ -1,0 +1,112 @@
+"""The only place where anything is jitted for the engine.
+
+One function per layer kind, whatever the number of layers, steps and blocks.
+Every trace is counted: a recompilation per token would show in the stats.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from flexjax.models import opt
+from flexjax.runtime import sampling
+
+SCORED_BYTES = 64 * 2**20  # float32 logits held at once while scoring
+
+
+class Compute:
+  """The jitted layer functions of one model.
+
+  Attributes:
+    traces: how many functions have been traced, hence compiled.
+    trace_seconds: time spent in calls that had to compile.
+  """
+
+  def __init__(self, layers: Sequence[opt.Layer]):
+    self.traces = 0
+    self.trace_seconds = 0.0
+    modules = {layer.kind: layer.module for layer in layers}
+    attention = modules['attention']
+    self._layers = {
+      kind: self._jit(functools.partial(_apply, module))
+      for kind, module in modules.items()
+      if kind != 'head'
+    }
+    self.project = self._jit(functools.partial(_project, attention))
+    self.attend = self._jit(opt.attend)
+    self.output = self._jit(functools.partial(_output, attention))
+    head = modules['head']
+    self.pick = self._jit(functools.partial(_pick, head), ('mode',))
+    self.score = self._jit(functools.partial(_score, head))
+    self.next_input = self._jit(lambda tokens: tokens[:, None])
+    self.take = self._jit(jnp.take, ('axis',))
+
+  def layer(
+    self,
+    kind: str,
+    weights: dict[str, Array],
+    hidden: Array,
+    cache: Array | None,
+    start: Array,
+    position: Array,
+  ) -> tuple[Array, Array | None]:
+    """Runs an embed, attention or mlp layer: (hidden, new cache rows)."""
+    return self._layers[kind](weights, hidden, cache, start, position)
+
+  def _jit(self, function: Callable, static: tuple[str, ...] = ()) -> Any:
+    def counted(*args, **kwargs):
+      self.traces += 1
+      return function(*args, **kwargs)
+
+    jitted = jax.jit(counted, static_argnames=static)
+
+    def call(*args, **kwargs):
+      traces, began = self.traces, time.perf_counter()
+      out = jitted(*args, **kwargs)
+      if self.traces > traces:
+        self.trace_seconds += time.perf_counter() - began
+      return out
+
+    return call
+
+
+def _apply(module, weights, hidden, cache, start, position):
+  return module.apply({'params': weights}, hidden, cache, start, position)
+
+
+def _project(module, weights, hidden):
+  return module.apply({'params': weights}, hidden, method='project')
+
+
+def _output(module, weights, hidden, x):
+  return module.apply({'params': weights}, hidden, x, method='output')
+
+
+def _pick(module, weights, hidden, params, step, mode):
+  logits, _ = module.apply({'params': weights}, hidden, None, None, None)
+  return sampling.pick(logits, params, step, mode)
+
+
+def _score(module, weights, hidden, targets):
+  """hidden [B, T, D], targets [B, T] -> log-probability of each target.
+
+  Positions go through the head a chunk at a time: all logits of a prompt
+  would be gigabytes.
+  """
+  chunk = SCORED_BYTES // (4 * module.config.vocab_size * hidden.shape[0])
+
+  def one(columns):
+    x, target = columns  # [B, D], [B]
+    logits = module.apply(
+      {'params': weights}, x[:, None], method='logits'
+    )[:, 0]
+    picked = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
+    return picked - jax.nn.logsumexp(logits, axis=-1)
+
+  columns = (hidden.swapaxes(0, 1), targets.T)
+  return jax.lax.map(one, columns, batch_size=max(1, chunk)).T

@@ -1,0 +1,259 @@
+"""Executes Actions: fetches through the store, computes through the jitted
+layer functions, and asks the decoding which batches still want tokens.
+
+It holds what is on its way (weights, cache, hidden states by key) and nothing
+else; where things live is the store's business, when is the schedule's.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import jax
+import numpy as np
+from jax import Array
+from jax.sharding import Sharding
+
+from flexjax.models.opt import Layer
+from flexjax.runtime.compute import Compute
+from flexjax.runtime.sampling import Sampling
+from flexjax.runtime.store import Store
+from flexjax.schedule.zigzag import Action
+from flexjax.tiers.base import At, Pending
+
+CACHE_AXIS = 3  # rows S of a cache [2, B, N, S, H]
+
+
+@dataclasses.dataclass(kw_only=True)
+class Batch:
+  """What batch k is made of; arrays lie on the device unless said.
+
+  Attributes:
+    tokens: [B, T] prompt ids, then [B, 1] the latest token.
+    start: [B] columns of padding.
+    start_host: the same on the CPU, for attention there.
+    sampling: how its rows are continued.
+    mode: see `sampling.mode`.
+    targets: [B, T] ids to score instead of sampling; None to generate.
+  """
+
+  tokens: Array
+  start: Array
+  start_host: Array
+  sampling: Sampling
+  mode: str
+  targets: Array | None = None
+
+
+class Decoding(Protocol):
+  """Follows the requests of a block; see `generate.Progress`."""
+
+  def took(self, i: int, k: int, result: Array) -> None:
+    """Token i (or the scores) of batch k has been dispatched."""
+    ...
+
+
+class Engine:
+  """Runs blocks.
+
+  Args:
+    layers: the model's layers, embed first, head last.
+    device, cpu: where computing is done; the same on a CPU backend.
+    host_attention: attend to cached rows on the CPU.
+    pinned: memory by which small arrays go from device to CPU.
+  """
+
+  def __init__(
+    self,
+    layers: Sequence[Layer],
+    compute: Compute,
+    store: Store,
+    *,
+    device: Sharding,
+    pinned: Sharding,
+    cpu: Sharding,
+    host_attention: bool,
+  ):
+    self.layers, self.compute, self.store = layers, compute, store
+    self.device, self.pinned, self.cpu = device, pinned, cpu
+    self.host_attention = host_attention
+    self._weights: dict[int, tuple[Pending, int]] = {}
+    self._pending: dict[tuple[str, int, int], Pending] = {}
+    self._output: Array | None = None  # of the latest compute, not yet stored
+    self._rows: Array | None = None  # its new cache rows
+    self._running: dict[tuple[int, int, int], Array] = {}
+    self._scalars: dict[tuple[Sharding, int], Array] = {}
+    self._used: Array | None = None
+
+  def run(
+    self,
+    actions: Iterable[Action],
+    batches: Sequence[Batch],
+    prompt_len: int,
+    decoding: Decoding,
+  ) -> None:
+    """Executes a block's actions; ends when all of them are dispatched."""
+    self.batches, self.prompt_len = batches, prompt_len
+    self.decoding = decoding
+    try:
+      for action in actions:
+        getattr(self, '_' + action.kind)(action.i, action.j, action.k)
+    finally:
+      self._drop_all()
+
+  def resize(self, k: int, keep: np.ndarray, cached: Iterable[int]) -> None:
+    """Keeps only rows `keep` of batch k: its state and its caches."""
+    rows = jax.device_put(keep.astype(np.int32), self.device)
+    batch, take = self.batches[k], self.compute.take
+    for name in ('tokens', 'start'):
+      setattr(batch, name, take(getattr(batch, name), rows, axis=0))
+    batch.start_host = take(
+      batch.start_host, jax.device_put(rows, self.cpu), axis=0
+    )
+    batch.sampling = Sampling(*(take(x, rows, axis=0) for x in batch.sampling))
+    for j in cached:
+      self._skip(0, j, k)
+      self._shrink(('cache', j, k), rows)
+
+  def _shrink(self, key, rows: Array) -> None:
+    place, tier = self.store.places[key], self.store._tier(key)
+    spec = {
+      name: jax.ShapeDtypeStruct(
+        (s.shape[0], len(rows), *s.shape[2:]), s.dtype
+      )
+      for name, s in tier.specs[key].items()
+    }
+    pending = self.store.fetch(key)
+    value = pending.result()
+    where = next(iter(value.values())).sharding
+    index = jax.device_put(rows, where)
+    value = {n: self.compute.take(v, index, axis=1) for n, v in value.items()}
+    jax.block_until_ready(value)
+    pending.release()
+    self.store.free(key)
+    self.store.allocate(key, spec, place)
+    self.store.put(key, value)
+
+  # One method for every kind of Action.
+
+  def _load_weights(self, i: int, j: int, k: int) -> None:
+    for group in self.layers[j].groups:
+      pending, users = self._weights.get(group, (None, 0))
+      if pending is None:
+        pending = self.store.fetch(('weights', group))
+      self._weights[group] = (pending, users + 1)
+
+  def _free_weights(self, i: int, j: int, k: int) -> None:
+    for group in self.layers[j].groups:
+      pending, users = self._weights.pop(group)
+      if users > 1:
+        self._weights[group] = (pending, users - 1)
+      else:
+        pending.release(self._used)
+
+  def _load_cache(self, i: int, j: int, k: int) -> None:
+    rows = self.prompt_len + i - 1
+    self._pending['cache', j, k] = self.store.fetch(('cache', j, k), rows)
+
+  def _load_hidden(self, i: int, j: int, k: int) -> None:
+    self._pending['hidden', j, k] = self.store.fetch(('hidden', k))
+
+  def _compute(self, i: int, j: int, k: int) -> None:
+    kind = self.layers[j].kind
+    weights = {}
+    for group in self.layers[j].groups:
+      weights |= self._weights[group][0].result()
+    batch = self.batches[k]
+    if kind == 'embed':
+      hidden = batch.tokens
+    else:
+      hidden = self._pending['hidden', j, k].result()['x']
+    if kind == 'head':
+      self._used = self._finish(i, k, weights, hidden)
+    elif kind == 'attention' and self.host_attention and i > 0:
+      self._used = self._attend_on_host(i, j, k, weights, hidden)
+    else:
+      cache = None
+      if kind == 'attention' and i > 0:
+        cache = self._cached(i, j, k)
+      position = self._scalar(self.prompt_len + i - 1 if i else 0)
+      self._output, self._rows = self.compute.layer(
+        kind, weights, hidden, cache, batch.start, position
+      )
+      self._used = self._output
+    del hidden
+    self._release(j, k)
+    self._running[i, j, k] = self._used
+
+  def _attend_on_host(self, i, j, k, weights, hidden) -> Array:
+    """Projects on the device, attends on the CPU, projects back."""
+    batch = self.batches[k]
+    q, rows = self.compute.project(weights, hidden)
+    near = jax.device_put((q, rows), self.pinned)
+    near = jax.device_put(near, self.cpu)
+    self.store.meter.crossed('device_to_host', nbytes=q.nbytes)
+    position = self._scalar(self.prompt_len + i - 1, self.cpu)
+    x = self.compute.attend(
+      *near, self._cached(i, j, k), batch.start_host, position
+    )
+    self.store.meter.crossed('host_to_device', nbytes=x.nbytes)
+    x = jax.device_put(x, self.device)
+    self._rows = near[1]
+    self._output = self.compute.output(weights, hidden, x)
+    return self._output
+
+  def _cached(self, i: int, j: int, k: int) -> Array:
+    if ('cache', j, k) not in self._pending:  # dropped when the batch shrank
+      self._load_cache(i, j, k)
+    return self._pending['cache', j, k].result()['kv']
+
+  def _finish(self, i: int, k: int, weights, hidden) -> Array:
+    batch = self.batches[k]
+    if batch.targets is not None:
+      result = self.compute.score(weights, hidden, batch.targets)
+    else:
+      result = self.compute.pick(
+        weights, hidden, batch.sampling, self._scalar(i), mode=batch.mode
+      )
+      batch.tokens = self.compute.next_input(result)
+    self._output = None
+    self.decoding.took(i, k, result)
+    return result
+
+  def _store_cache(self, i: int, j: int, k: int) -> None:
+    index = self.prompt_len + i - 1 if i else 0
+    assert self._rows is not None
+    self.store.put(('cache', j, k), {'kv': self._rows}, At(CACHE_AXIS, index))
+    self._rows = None
+
+  def _store_hidden(self, i: int, j: int, k: int) -> None:
+    assert self._output is not None
+    self.store.put(('hidden', k), {'x': self._output})
+    self._output = None
+
+  def _skip(self, i: int, j: int, k: int) -> None:
+    self._release(j, k)
+
+  def _wait(self, i: int, j: int, k: int) -> None:
+    jax.block_until_ready(self._running.pop((i, j, k), None))
+
+  def _release(self, j: int, k: int) -> None:
+    for kind in ('cache', 'hidden'):
+      if (pending := self._pending.pop((kind, j, k), None)) is not None:
+        pending.release(self._used)
+
+  def _drop_all(self) -> None:
+    for pending in self._pending.values():
+      pending.release(self._used)
+    for pending, _ in self._weights.values():
+      pending.release(self._used)
+    for left in (self._pending, self._weights, self._running):
+      left.clear()
+    self._output = self._rows = self._used = None
+
+  def _scalar(self, value: int, where: Sharding | None = None) -> Array:
+    """A committed int32; kept, because each transfer costs Python time."""
+    key = (where or self.device, value)
+    if key not in self._scalars:
+      self._scalars[key] = jax.device_put(np.int32(value), key[0])
+    return self._scalars[key]

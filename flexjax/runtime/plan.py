@@ -1,0 +1,233 @@
+"""A policy and its budgets -> a tier for every key, or a refusal in numbers.
+
+Decides before anything is loaded: what each tier would hold at its peak, what
+goes as high up as it fits where the user left a split out, and which change
+would make an impossible request fit.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+
+from flexjax.config import ModelConfig, Policy, Split, Workload, format_bytes
+from flexjax.errors import InputError
+from flexjax.policy import cost
+from flexjax.policy.placement import TIERS, achieved, spread, total, window
+from flexjax.typing import Key
+
+CLASSES = ('weights', 'hidden', 'cache')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Problem:
+  """What is to be placed.
+
+  Attributes:
+    layers: kind and weight groups of every layer, in order.
+    group_bytes: bytes of every weight group.
+    itemsize: bytes of an element of hidden states; `cache_itemsize` of cache.
+    unified: host and device are one memory, and reads from it move nothing.
+    budgets: bytes of each tier; disk 0 where there is none.
+  """
+
+  config: ModelConfig
+  work: Workload
+  layers: Sequence[tuple[str, tuple[int, ...]]]
+  group_bytes: Sequence[int]
+  itemsize: int
+  cache_itemsize: int
+  unified: bool
+  budgets: Mapping[str, int]
+
+  @property
+  def cached(self) -> tuple[int, ...]:
+    """Layers that keep a KV cache."""
+    return tuple(j for j, (kind, _) in enumerate(self.layers) if _is(kind))
+
+  def sizes(self, name: str) -> dict[Key, int]:
+    """Bytes of every key of a class, in the order of use."""
+    batches = range(self.work.num_batches)
+    if name == 'weights':
+      sizes = enumerate(self.group_bytes)
+      return {('weights', g): size for g, size in sizes if size}
+    if name == 'hidden':
+      size = cost.hidden_bytes(self.config, self.work, self.itemsize)
+      return {('hidden', k): size for k in batches}
+    if not self.work.cache_len:
+      return {}
+    size = cost.cache_bytes(self.config, self.work, self.cache_itemsize)
+    return {('cache', j, k): size for j in self.cached for k in batches}
+
+
+def _is(kind: str) -> bool:
+  return kind == 'attention'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+  """Where everything goes.
+
+  Attributes:
+    policy: with every split filled in.
+    places: tier of every key.
+    peak: most bytes of each tier.
+    placement: achieved fractions, by class and tier.
+  """
+
+  problem: Problem
+  policy: Policy
+  places: Mapping[Key, str]
+  peak: Mapping[str, int]
+  placement: Mapping[str, Mapping[str, float]]
+
+  @property
+  def fits(self) -> bool:
+    return all(self.peak[t] <= self.problem.budgets[t] for t in TIERS)
+
+
+def evaluate(
+  problem: Problem, policy: Policy, fixed: Mapping[Key, str] | None = None
+) -> Plan:
+  """Places every key and adds up each tier's peak; all splits are given.
+
+  `fixed` holds keys whose place is settled already: loaded weights.
+  """
+  places: dict[Key, str] = {}
+  placement = {}
+  for name in CLASSES:
+    sizes = problem.sizes(name)
+    split = getattr(policy, name)
+    mine = spread(sizes, split)
+    mine |= {key: fixed[key] for key in sizes if fixed and key in fixed}
+    places |= mine
+    placement[name] = achieved(sizes, mine)
+  sizes = {k: n for name in CLASSES for k, n in problem.sizes(name).items()}
+  peak = total(sizes, places)
+  moving = {'disk'} if problem.unified else {'host', 'disk'}
+  peak['device'] += _in_flight(problem, policy, places, sizes, moving)
+  peak['device'] += cost.workspace(
+    problem.config, problem.work, problem.itemsize
+  ).peak
+  if not problem.unified:  # what comes from disk passes through host buffers
+    peak['host'] += _in_flight(problem, policy, places, sizes, {'disk'})
+  return Plan(
+    problem=problem,
+    policy=policy,
+    places=places,
+    peak=peak,
+    placement=placement,
+  )
+
+
+def _in_flight(problem, policy, places, sizes, moving) -> int:
+  """Most bytes that are on the device for a while: loads ahead of use."""
+  width = 1 + (policy.prefetch_depth if policy.overlap else 0)
+
+  def moved(key: Key) -> int:
+    return sizes.get(key, 0) if places.get(key) in moving else 0
+
+  batches = range(problem.work.num_batches)
+  weights = [
+    sum(moved(('weights', g)) for g in groups) for _, groups in problem.layers
+  ]
+  if 0 in problem.layers[-1][1]:  # a tied table is held once, not twice
+    weights[0] -= moved(('weights', 0))
+  in_flight = window(weights, width)
+  in_flight += window([moved(('hidden', k)) for k in batches], width)
+  if policy.attention == 'device':
+    cells = [
+      moved(('cache', j, k)) for j in range(len(problem.layers)) for k in batches
+    ]
+    in_flight += window(cells, width)
+  return in_flight
+
+
+def resolve(
+  problem: Problem, policy: Policy, fixed: Mapping[Key, str] | None = None
+) -> Plan:
+  """Fills what the policy leaves open as high up as it fits.
+
+  Raises:
+    InputError: nothing fits; says what each tier would need of its budget,
+      and the nearest change that fits.
+  """
+  plan = _fill(problem, policy, fixed)
+  if plan.fits:
+    return plan
+  raise InputError(_refusal(plan, policy, fixed))
+
+
+def _fill(problem, policy, fixed) -> Plan:
+  """The best filled plan; where none fits, the lowest one."""
+  disk = problem.budgets['disk'] > 0
+  bottom = Split(0, 0, 100) if disk else Split(0, 100, 0)
+  if policy.attention == 'host':
+    policy = dataclasses.replace(policy, cache=Split(0, 100, 0))
+  given = {name: getattr(policy, name) for name in CLASSES}
+  splits = {name: split or bottom for name, split in given.items()}
+  plan = evaluate(problem, dataclasses.replace(policy, **splits), fixed)
+  for tier in ('device', 'host') if disk else ('device',):
+    for name in CLASSES:
+      if given[name] is not None:
+        continue
+      for split in _raised(splits[name], tier):
+        raised = dataclasses.replace(policy, **(splits | {name: split}))
+        if (better := evaluate(problem, raised, fixed)).fits:
+          plan, splits[name] = better, split
+          break
+  return plan
+
+
+def _raised(split: Split, tier: str) -> Iterator[Split]:
+  """Splits with more in `tier`, out of what lies below; highest first."""
+  for percent in range(100, 0, -2):
+    if tier == 'device':
+      yield Split(percent, 0, 0 + 100 - percent) if split.disk else Split(
+        percent, 100 - percent, 0
+      )
+    elif (host := split.disk * percent / 100) > 0:
+      yield Split(split.device, split.host + host, split.disk - host)
+
+
+def _refusal(plan: Plan, policy: Policy, fixed) -> str:
+  needs = ', '.join(
+    f'{tier} {format_bytes(plan.peak[tier])} of '
+    f'{format_bytes(plan.problem.budgets[tier])}'
+    + (' (over)' if plan.peak[tier] > plan.problem.budgets[tier] else '')
+    for tier in TIERS
+  )
+  return f'does not fit: needs {needs}; {_nearest(plan, policy, fixed)}'
+
+
+def _nearest(plan: Plan, policy: Policy, fixed) -> str:
+  """Says the smallest change that fits: splits, then batches, then memory."""
+  problem = plan.problem
+  open_policy = dataclasses.replace(policy, weights=None, cache=None, hidden=None)
+  if (freed := _fill(problem, open_policy, fixed)).fits:
+    flags = [
+      f'--{name}={",".join(f"{p:g}" for p in getattr(freed.policy, name))}'
+      for name in CLASSES
+      if getattr(policy, name) is not None
+    ]
+    return f'{" ".join(flags)} would fit'
+  work = problem.work
+  while work.batch_size * work.num_batches > 1:
+    if work.num_batches > 1:
+      work = dataclasses.replace(work, num_batches=work.num_batches // 2)
+    else:
+      work = dataclasses.replace(work, batch_size=work.batch_size // 2)
+    smaller = dataclasses.replace(problem, work=work)
+    for candidate in (policy, open_policy):
+      if _fill(smaller, candidate, fixed).fits:
+        hint = '' if candidate is policy else ' without placement flags'
+        return (
+          f'--batch_size={work.batch_size} --num_batches={work.num_batches}'
+          f'{hint} would fit'
+        )
+  least = _fill(problem, open_policy, fixed)
+  short = [t for t in TIERS if least.peak[t] > problem.budgets[t]]
+  if short == ['host'] and not problem.budgets['disk']:
+    return 'a --disk_dir would take what host memory cannot'
+  flag = {'device': 'device_memory', 'host': 'host_memory', 'disk': 'disk space'}
+  return 'it takes at least ' + ' and '.join(
+    f'{format_bytes(least.peak[t])} of {flag[t]}' for t in short
+  )

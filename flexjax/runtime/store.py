@@ -1,0 +1,106 @@
+"""Placement + tiers: finds the tier of a key, and keeps the accounts.
+
+The engine asks for keys and never learns where they live; the tiers move
+bytes and never learn why. Every byte that crosses a link is counted here.
+"""
+
+from collections.abc import Mapping
+
+import jax
+
+from flexjax.runtime.meter import Meter
+from flexjax.tiers.base import At, Pending, Spec, Tier, Value, spec_bytes
+from flexjax.tiers.device import DeviceTier
+from flexjax.typing import Key
+
+_DOWN = {
+  'device': (),
+  'host': ('device_to_host',),
+  'disk': ('device_to_host', 'host_to_disk'),
+}
+_UP = {
+  'device': (),
+  'host': ('host_to_device',),
+  'disk': ('disk_to_host', 'host_to_device'),
+}
+
+
+class Store:
+  """Keys, wherever they live.
+
+  Args:
+    tiers: by name: 'device', 'host', and 'disk' where there is one.
+    attended: the tier of a cache that the CPU attends to in place; its bytes
+      are host bytes, and reading it crosses nothing.
+  """
+
+  def __init__(
+    self, tiers: Mapping[str, Tier], attended: Tier | None, meter: Meter
+  ):
+    self.tiers = dict(tiers)
+    self.attended = attended
+    self.meter = meter
+    self.places: dict[Key, str] = {}
+
+  def allocate(self, key: Key, spec: Spec, place: str) -> None:
+    self.places[key] = place
+    self._tier(key).allocate(key, spec)
+
+  def free(self, key: Key) -> None:
+    self._tier(key).free(key)
+    del self.places[key]
+
+  def fetch(self, key: Key, rows: int | None = None) -> Pending:
+    """Starts bringing a key to where it is computed with."""
+    tier = self._tier(key)
+    pending = tier.read(key, rows)
+    if tier is self.attended:
+      return pending
+    place = self.places[key]
+    nbytes = spec_bytes(tier.specs[key])
+    self.meter.crossed(*_UP[place], nbytes=nbytes)
+    if not getattr(tier, 'moves', False):
+      return pending
+    # A host read is queued already; a disk read is waited for by the watcher.
+    queued = place == 'host'
+    self.meter.watch(pending.result() if queued else pending.result)
+    return _Borrowed(pending, self.device, nbytes)
+
+  def put(self, key: Key, value: Value, at: At | None = None) -> None:
+    """Stores a value, or rows of it, where the key lives."""
+    self._tier(key).write(key, value, at)
+    nbytes = sum(v.nbytes for v in value.values())
+    self.meter.crossed(*_DOWN[self.places[key]], nbytes=nbytes)
+
+  @property
+  def device(self) -> DeviceTier:
+    tier = self.tiers['device']
+    assert isinstance(tier, DeviceTier)
+    return tier
+
+  def peak_bytes(self) -> dict[str, int]:
+    """Returns the most bytes that every tier has held."""
+    peak = {name: tier.peak_nbytes for name, tier in self.tiers.items()}
+    if self.attended is not None:
+      peak['host'] += self.attended.peak_nbytes
+    return {'device': 0, 'host': 0, 'disk': 0} | peak
+
+  def _tier(self, key: Key) -> Tier:
+    if self.attended is not None and key[0] == 'cache':
+      return self.attended
+    return self.tiers[self.places[key]]
+
+
+class _Borrowed:
+  """A read that takes device memory until it is released."""
+
+  def __init__(self, pending: Pending, device: DeviceTier, nbytes: int):
+    self._pending, self._device, self._nbytes = pending, device, nbytes
+    device.borrow(nbytes)
+
+  def result(self) -> dict[str, jax.Array]:
+    return self._pending.result()
+
+  def release(self, after: jax.Array | None = None) -> None:
+    self._device.borrow(-self._nbytes)
+    self._pending.release(after)

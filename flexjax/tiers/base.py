@@ -1,0 +1,121 @@
+"""What the engine may ask of a memory tier; hides where bytes lie and how
+they travel. Tiers never compute, layers never move data.
+
+A value is a dict of named arrays under one key. Reading hands out arrays on
+the accelerator; writing takes arrays from it (or from NumPy, while loading).
+"""
+
+import abc
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from flexjax.typing import Key
+
+Value = Mapping[str, Any]
+Spec = Mapping[str, jax.ShapeDtypeStruct]
+
+
+class At(NamedTuple):
+  """Where a partial write goes: from `index` on along `axis`."""
+
+  axis: int
+  index: int
+
+
+class Pending(Protocol):
+  """A read on its way."""
+
+  def result(self) -> dict[str, jax.Array]:
+    """Returns arrays on the device; waits only for what cannot be queued.
+
+    Raises:
+      OSError: the read failed.
+    """
+    ...
+
+  def release(self, after: jax.Array | None = None) -> None:
+    """Gives the memory back, for use once `after` has been computed."""
+    ...
+
+
+class Ready:
+  """A read that needs no move, or whose move has been queued."""
+
+  def __init__(self, value: dict[str, jax.Array]):
+    self._value: dict[str, jax.Array] | None = value
+
+  def result(self) -> dict[str, jax.Array]:
+    assert self._value is not None, 'read after release'
+    return self._value
+
+  def release(self, after: jax.Array | None = None) -> None:
+    del after
+    self._value = None
+
+
+def spec_bytes(spec: Spec) -> int:
+  return sum(
+    int(np.prod(s.shape)) * np.dtype(s.dtype).itemsize for s in spec.values()
+  )
+
+
+class Tier(abc.ABC):
+  """One memory: keyed values, and an exact count of their bytes.
+
+  Attributes:
+    nbytes: bytes allocated now.
+    peak_nbytes: the most there have ever been.
+  """
+
+  def __init__(self) -> None:
+    self.specs: dict[Key, Spec] = {}
+    self.nbytes = 0
+    self.peak_nbytes = 0
+
+  def allocate(self, key: Key, spec: Spec) -> None:
+    """Reserves room for `key`; a partial write may follow at once."""
+    assert key not in self.specs, f'{key} is already allocated'
+    self.specs[key] = dict(spec)
+    self._count(spec_bytes(spec))
+
+  def free(self, key: Key) -> None:
+    """Forgets `key` and gives its room back."""
+    self._count(-spec_bytes(self.specs.pop(key)))
+
+  @abc.abstractmethod
+  def read(self, key: Key, rows: int | None = None) -> Pending:
+    """Starts bringing `key` to the device; does not block.
+
+    `rows` bounds how many rows of the second last axis are of interest: a
+    tier may leave the rest undefined.
+    """
+
+  @abc.abstractmethod
+  def write(self, key: Key, value: Value, at: At | None = None) -> None:
+    """Stores a whole value, or rows of it at `at`; does not block.
+
+    A whole value may be smaller than its allocation: hidden states shrink
+    to one token after the prefill.
+    """
+
+  def wait(self) -> None:
+    """Blocks until every write so far can be relied on."""
+
+  def _count(self, change: int) -> None:
+    self.nbytes += change
+    self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
+
+
+Updater = Callable[[jax.Array, jax.Array, Any], jax.Array]
+
+
+def make_updater(axis: int) -> Updater:
+  """Returns a jitted in-place write along `axis`; the target is donated."""
+
+  def update(target: jax.Array, rows: jax.Array, index: jax.Array):
+    return jax.lax.dynamic_update_slice_in_dim(target, rows, index, axis)
+
+  return jax.jit(update, donate_argnums=0)

@@ -1,0 +1,60 @@
+"""The accelerator's own memory: reads cost nothing, writes stay in place."""
+
+import jax
+import numpy as np
+from jax.sharding import Sharding
+
+from flexjax.tiers.base import At, Pending, Ready, Spec, Tier, Updater, Value
+from flexjax.tiers.base import make_updater
+from flexjax.typing import Key
+
+
+class DeviceTier(Tier):
+  """Values as committed arrays in the memory that `home` names."""
+
+  def __init__(self, home: Sharding):
+    super().__init__()
+    self.home = home
+    self._values: dict[Key, dict[str, jax.Array]] = {}
+    self._updaters: dict[int, Updater] = {}
+    self._indices: dict[int, jax.Array] = {}
+
+  def allocate(self, key: Key, spec: Spec) -> None:
+    super().allocate(key, spec)
+    self._values[key] = {}
+
+  def free(self, key: Key) -> None:
+    super().free(key)
+    del self._values[key]
+
+  def read(self, key: Key, rows: int | None = None) -> Pending:
+    del rows
+    return Ready(dict(self._values[key]))
+
+  def write(self, key: Key, value: Value, at: At | None = None) -> None:
+    values = self._values[key]
+    moved = jax.device_put(dict(value), self.home)
+    if at is None:
+      values.update(moved)
+      return
+    update = self._updaters.setdefault(at.axis, make_updater(at.axis))
+    for name, rows in moved.items():
+      if name not in values:
+        # Zeros, because what is masked must still be finite.
+        spec = self.specs[key][name]
+        zeros = np.zeros(spec.shape, spec.dtype)
+        values[name] = jax.device_put(zeros, self.home)
+      values[name] = update(values[name], rows, self._index(at.index))
+
+  def borrow(self, nbytes: int) -> None:
+    """Counts bytes that are here for a while: what streams through."""
+    self._count(nbytes)
+
+  def wait(self) -> None:
+    jax.block_until_ready(self._values)
+
+  def _index(self, index: int) -> jax.Array:
+    if index not in self._indices:
+      device = next(iter(self.home.device_set))
+      self._indices[index] = jax.device_put(np.int32(index), device)
+    return self._indices[index]

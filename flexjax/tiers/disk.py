@@ -1,0 +1,230 @@
+"""A TensorStore on disk: zarr3, uncompressed, read into reused buffers.
+
+Hides files, chunks, threads and buffers. Weights lie under `weights/` and
+outlive the run; everything else lies in a folder of this run, which goes when
+the tier is closed. Reads and writes run in threads of their own; a read of a
+key waits for the writes to it, and an error in a thread is raised by whoever
+waits for its result.
+"""
+
+import os
+import shutil
+import threading
+import uuid
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tensorstore as ts
+from jax.sharding import Sharding
+
+from flexjax.errors import InputError
+from flexjax.tiers.base import At, Pending, Spec, Tier, Value
+from flexjax.typing import Key
+
+_ALIGNMENT = 64  # bytes: what XLA wants of a buffer it uses in place
+_CHUNK_BYTES = 16 * 2**20
+_CACHE_CHUNK_BYTES = 2 * 2**20  # a new row rewrites one chunk
+_ROWS_AXIS = -2  # of a cache [2, B, N, S, H]
+
+
+class DiskTier(Tier):
+  """Values as zarr3 arrays below `root`.
+
+  Args:
+    root: a directory; made if it is absent.
+    host: where arrays are gathered before they are written.
+    device: where reads end.
+
+  Raises:
+    InputError: `root` cannot be written.
+  """
+
+  def __init__(self, root: Path, host: Sharding, device: Sharding):
+    super().__init__()
+    self.root = root
+    self.host, self.device = host, device
+    self.moves = True
+    self.scratch = root / f'run-{os.getpid()}-{uuid.uuid4().hex[:8]}'
+    self._arrays: dict[Key, dict[str, ts.TensorStore]] = {}
+    self._shapes: dict[tuple[Key, str], tuple[int, ...]] = {}
+    self._writes: dict[Key, Future] = {}
+    self._buffers = _Buffers()
+    self._readers = ThreadPoolExecutor(4, 'flexjax-read')
+    self._writers = ThreadPoolExecutor(2, 'flexjax-write')
+    self._durable = ts.Context({'cache_pool': {'total_bytes_limit': 0}})
+    self._hasty = ts.Context(
+      {'cache_pool': {'total_bytes_limit': 0}, 'file_io_sync': False}
+    )
+    try:
+      root.mkdir(parents=True, exist_ok=True)
+      for old in root.glob('run-*-*'):
+        if not _is_running(int(old.name.split('-')[1])):
+          shutil.rmtree(old, ignore_errors=True)
+      self.scratch.mkdir()
+    except OSError as e:
+      raise InputError(f"disk_dir '{root}' cannot be written: {e}") from None
+
+  @property
+  def buffer_nbytes(self) -> int:
+    """Bytes of the buffers that reads pass through."""
+    return self._buffers.nbytes
+
+  def allocate(self, key: Key, spec: Spec) -> None:
+    super().allocate(key, spec)
+    lasting = key[0] == 'weights'
+    folder = self.root if lasting else self.scratch
+    self._arrays[key] = {
+      name: ts.open(
+        _array_spec(folder / '.'.join(map(str, key)) / name, s),
+        create=True,
+        open=lasting,
+        context=self._durable if lasting else self._hasty,
+      ).result()
+      for name, s in spec.items()
+    }
+
+  def free(self, key: Key) -> None:
+    super().free(key)
+    if (write := self._writes.pop(key, None)) is not None:
+      write.result()
+    del self._arrays[key]
+    if key[0] != 'weights':
+      shutil.rmtree(self.scratch / '.'.join(map(str, key)))
+
+  def read(self, key: Key, rows: int | None = None) -> Pending:
+    future = self._readers.submit(self._read, key, rows, self._writes.get(key))
+    return _DiskRead(future, self._buffers)
+
+  def write(self, key: Key, value: Value, at: At | None = None) -> None:
+    # A device array goes by way of the host's memory: the fast road.
+    held = jax.device_put(dict(value), self.host)
+    self._writes[key] = self._writers.submit(
+      self._write, key, held, at, self._writes.get(key)
+    )
+
+  def wait(self) -> None:
+    for future in list(self._writes.values()):
+      future.result()
+
+  def close(self) -> None:
+    """Ends the threads and deletes what belongs to this run."""
+    self._readers.shutdown(cancel_futures=True)
+    self._writers.shutdown(cancel_futures=True)
+    shutil.rmtree(self.scratch, ignore_errors=True)
+
+  def _read(self, key: Key, rows: int | None, before: Future | None):
+    if before is not None:
+      before.result()
+    views, copies = {}, []
+    for name, array in self._arrays[key].items():
+      shape = self._shapes.get((key, name), array.shape)
+      view = self._buffers.take(shape, array.dtype.numpy_dtype)
+      views[name] = view
+      part: Any = ts.d[:][tuple(slice(0, n) for n in shape)]
+      target = view
+      if rows is not None:
+        part = (*(slice(0, n) for n in shape[:-2]), slice(0, rows))
+        target = view[..., :rows, :]
+      copies.append(ts.array(target).write(array[part]))
+    for copy in copies:
+      copy.result()
+    return views, jax.device_put(views, self.device)
+
+  def _write(self, key: Key, value, at: At | None, before: Future | None):
+    if before is not None:
+      before.result()
+    for name, rows in jax.device_get(value).items():
+      array = self._arrays[key][name]
+      if at is None:
+        part = tuple(slice(0, n) for n in rows.shape)
+        self._shapes[key, name] = rows.shape
+      else:
+        axis = at.axis % array.ndim
+        end = at.index + rows.shape[axis]
+        part = (*(slice(None),) * axis, slice(at.index, end))
+      array[part].write(rows).result()
+
+
+class _DiskRead:
+  """A read in its thread, and the buffers it fills."""
+
+  def __init__(self, future: Future, buffers: '_Buffers'):
+    self._future, self._buffers = future, buffers
+
+  def result(self) -> dict[str, jax.Array]:
+    return self._future.result()[1]
+
+  def release(self, after: jax.Array | None = None) -> None:
+    views, arrays = self._future.result()
+    # The arrays may be the buffers themselves, so wait for their reader.
+    fence = list(arrays.values()) if after is None else [after]
+    for view in views.values():
+      self._buffers.give(view, fence)
+
+
+class _Buffers:
+  """Aligned NumPy buffers by shape, each with what must end before reuse."""
+
+  def __init__(self) -> None:
+    self.nbytes = 0
+    self._free: dict[Any, list[tuple[np.ndarray, list[jax.Array]]]] = {}
+    self._lock = threading.Lock()
+
+  def take(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    with self._lock:
+      free = self._free.setdefault((shape, dtype), [])
+      view, fence = free.pop(0) if free else (None, [])
+    if view is not None:
+      jax.block_until_ready(fence)
+      return view
+    size = int(np.prod(shape)) * dtype.itemsize
+    # Zeros, because rows that are masked must still be finite.
+    raw = np.zeros(size + _ALIGNMENT, np.uint8)
+    begin = -raw.ctypes.data % _ALIGNMENT
+    with self._lock:
+      self.nbytes += size
+    return raw[begin : begin + size].view(dtype).reshape(shape)
+
+  def give(self, view: np.ndarray, fence: list[jax.Array]) -> None:
+    with self._lock:
+      self._free[view.shape, view.dtype].append((view, fence))
+
+
+def _array_spec(path: Path, spec: jax.ShapeDtypeStruct) -> dict[str, Any]:
+  shape = list(spec.shape)
+  dtype = np.dtype(spec.dtype)
+  cached = len(shape) > 3
+  axis = len(shape) + _ROWS_AXIS if cached else 0
+  row = int(np.prod(shape)) * dtype.itemsize // shape[axis]
+  target = _CACHE_CHUNK_BYTES if cached else _CHUNK_BYTES
+  chunk = list(shape)
+  chunk[axis] = min(shape[axis], max(1, target // row))
+  return {
+    'driver': 'zarr3',
+    'kvstore': {'driver': 'file', 'path': f'{path}/'},
+    'metadata': {
+      'shape': shape,
+      'data_type': dtype.name,
+      'chunk_grid': {
+        'name': 'regular',
+        'configuration': {'chunk_shape': chunk},
+      },
+      'codecs': [{'name': 'bytes', 'configuration': {'endian': 'little'}}],
+    },
+    # Else a lost chunk reads as zeros, and zeros are not written.
+    'fill_missing_data_reads': False,
+    'store_data_equal_to_fill_value': True,
+  }
+
+
+def _is_running(pid: int) -> bool:
+  try:
+    os.kill(pid, 0)
+  except ProcessLookupError:
+    return False
+  except PermissionError:
+    return True
+  return True
