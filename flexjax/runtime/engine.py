@@ -116,12 +116,12 @@ class Engine:
       self._shrink(('cache', j, k), rows)
 
   def _shrink(self, key, rows: Array) -> None:
-    place, tier = self.store.places[key], self.store._tier(key)
+    place = self.store.places[key]
     spec = {
       name: jax.ShapeDtypeStruct(
         (s.shape[0], len(rows), *s.shape[2:]), s.dtype
       )
-      for name, s in tier.specs[key].items()
+      for name, s in self.store.spec(key).items()
     }
     pending = self.store.fetch(key)
     value = pending.result()

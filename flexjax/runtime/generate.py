@@ -118,6 +118,12 @@ class Progress:
     self.prefill_seconds = self.decode_seconds = 0.0
     self._new: list[list[Array]] = [[] for _ in self.rows]
     self._stamp = time.perf_counter()
+    self._steps = 0  # decode steps of a batch whose tokens are here
+
+  @property
+  def step_seconds(self) -> float:
+    """Time of a decode step of one batch, so far."""
+    return self.decode_seconds / self._steps if self._steps else 0.0
 
   def wanted(self, i: int, k: int, now: bool) -> bool:
     """Whether any request of batch k still wants token i."""
@@ -159,6 +165,7 @@ class Progress:
         if request is not None:
           request.add(token)
       self.on_token(len(live), sum(bool(r.reason) for r in live))
+    self._steps += len(self._new[k])
     self._new[k] = []
     self.decode_seconds += self._lap()
 

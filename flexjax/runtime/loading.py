@@ -89,6 +89,20 @@ class WeightFolder:
       yield
 
 
+def identity(source: Any, dtype: str) -> dict[str, str]:
+  """What tells the weights of `source` in `dtype` from any others."""
+  return {'model': source.weights.fingerprint, 'dtype': dtype}
+
+
+def held_dtype(root: Path | None) -> str | None:
+  """Returns the dtype of the weights that a folder already holds."""
+  try:
+    assert root is not None
+    return json.loads((root / MANIFEST).read_text()).get('dtype')
+  except (AssertionError, OSError, ValueError, AttributeError):
+    return None
+
+
 def specs(shapes: Shapes, dtype: Any) -> Spec:
   return {n: jax.ShapeDtypeStruct(s, dtype) for n, s in shapes.items()}
 

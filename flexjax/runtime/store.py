@@ -50,6 +50,9 @@ class Store:
     self._tier(key).free(key)
     del self.places[key]
 
+  def spec(self, key: Key) -> Spec:
+    return self._tier(key).specs[key]
+
   def fetch(self, key: Key, rows: int | None = None) -> Pending:
     """Starts bringing a key to where it is computed with."""
     tier = self._tier(key)

@@ -1,0 +1,333 @@
+"""`load` and `LLM`: a model in its tiers, ready for prompts.
+
+The one place that knows the order of things: plan for the work at hand,
+refuse what cannot fit, fill the tiers, then run block after block. Weights
+are read at the first use, when the work is known, and stay.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flexjax.config import Policy, SamplingParams, Split, Workload, parse_bytes
+from flexjax.data.blocks import blocks
+from flexjax.errors import InputError
+from flexjax.runtime import devices, sources
+from flexjax.runtime.generate import Output, Request
+from flexjax.runtime.session import OnProgress, Session
+from flexjax.runtime.stats import Stats
+
+Prompt = str | Sequence[int]
+_COLUMNS = 8  # prompt lengths are rounded up to it, to compile less often
+_BATCH_SIZE = 16
+_NUM_BATCHES = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+  """Log-probabilities of one text.
+
+  Attributes:
+    index: its number among the texts, from 0.
+    token_ids: its tokens, a leading `</s>` included.
+    logprobs: natural logarithm of each token's probability given those
+      before it; None for the first, which has none before it.
+  """
+
+  index: int
+  token_ids: list[int]
+  logprobs: list[float | None]
+
+
+def load(
+  model: str | Path | None = None,
+  *,
+  dtype: str = 'auto',
+  weights: Any = None,
+  cache: Any = None,
+  hidden: Any = None,
+  batch_size: int | None = None,
+  num_batches: int | None = None,
+  schedule: str = 'zigzag',
+  prefetch_depth: int = 2,
+  overlap: bool = True,
+  attention: str = 'device',
+  device_memory: int | str | None = None,
+  host_memory: int | str | None = None,
+  disk_dir: str | Path | None = None,
+  random_weights: bool = False,
+  seed: int = 0,
+) -> 'LLM':
+  """Opens a model; its weights are read when it is first used.
+
+  Args:
+    model: a checkpoint directory or hub id; None for the bundled model.
+    dtype: 'float32', 'bfloat16', 'float16' or 'auto': the checkpoint's on an
+      accelerator, on a CPU the fastest that fits.
+    weights, cache, hidden: percentages on device, host and disk, such as
+      (20, 80, 0); None places each as high up as it fits.
+    batch_size: prompts per batch, at most; default 16.
+    num_batches: batches per block, at most; default 1 where all weights lie
+      on the device, else 4.
+    schedule, prefetch_depth, overlap, attention: see `config.Policy`.
+    device_memory, host_memory: budgets in bytes or like '16GiB'; default what
+      the machine has.
+    disk_dir: directory of the disk tier; without one there is no disk tier.
+    random_weights: draw the weights from `seed`, for benchmarks.
+
+  Raises:
+    InputError: an argument is out of range, or there is no such model.
+  """
+  sources.check_dtype(dtype)
+  policy = Policy(
+    weights=Split.parse(weights, 'weights'),
+    cache=Split.parse(cache, 'cache'),
+    hidden=Split.parse(hidden, 'hidden'),
+    schedule=schedule,
+    prefetch_depth=prefetch_depth,
+    overlap=overlap,
+    attention=attention,
+  )
+  for name, value in (('batch_size', batch_size), ('num_batches', num_batches)):
+    if value is not None and value < 1:
+      raise InputError(f'{name} must be at least 1, got {value}')
+  budgets = {
+    'device': parse_bytes(device_memory),
+    'host': parse_bytes(host_memory),
+  }
+  source = sources.find_source(model, random_weights=random_weights, seed=seed)
+  devices.limit(budgets['device'], budgets['host'])
+  session = Session(
+    source,
+    policy,
+    dtype=dtype,
+    budgets=budgets,
+    disk_dir=None if disk_dir is None else Path(disk_dir),
+  )
+  return LLM(session, batch_size, num_batches)
+
+
+class LLM:
+  """A model that generates and scores. Use it as a context manager, or call
+  `close`, to delete what it keeps on disk for the run.
+
+  Attributes:
+    config: the model's configuration.
+    tokenizer: None for a preset with random weights.
+    stats: figures of the latest `generate`, `stream` or `score`.
+    on_progress: called as on_progress(what, done, total) while work goes on;
+      `what` is 'load' (weight groups) or 'generate' (tokens).
+  """
+
+  def __init__(
+    self,
+    session: Session,
+    batch_size: int | None = None,
+    num_batches: int | None = None,
+  ):
+    self._session = session
+    self._batch_size, self._num_batches = batch_size, num_batches
+    self.config = session.source.config
+    self.tokenizer = session.source.tokenizer
+    self.on_progress: OnProgress = lambda what, done, total: None
+
+  @property
+  def stats(self) -> Stats:
+    return self._session.stats()
+
+  def generate(
+    self,
+    prompts: Sequence[Prompt],
+    params: SamplingParams | Sequence[SamplingParams] | None = None,
+  ) -> list[Output]:
+    """Continues every prompt; returns the outputs in the prompts' order.
+
+    Args:
+      prompts: texts, or lists of token ids.
+      params: one for all, or one for each; default `SamplingParams()`.
+
+    Raises:
+      InputError: a prompt or parameter is not valid, or nothing fits.
+    """
+    return list(self.stream(prompts, params))
+
+  def stream(
+    self,
+    prompts: Sequence[Prompt],
+    params: SamplingParams | Sequence[SamplingParams] | None = None,
+  ) -> Iterator[Output]:
+    """Like `generate`, but yields each block's outputs when it is done.
+
+    Everything is checked, planned and loaded before this returns.
+    """
+    each = self._params(prompts, params)
+    ids = self.encode(prompts, each)
+    work = self._prepare(ids, max(p.max_new_tokens for p in each))
+    requests = [
+      Request(n, p, self.config.eos_id, self._decode)
+      for n, p in enumerate(each)
+    ]
+    return self._stream(prompts, ids, requests, work)
+
+  def _stream(self, prompts, ids, requests, work) -> Iterator[Output]:
+    total = sum(r.params.max_new_tokens for r in requests)
+    done = 0
+
+    def on_token(tokens: int, ended: int) -> None:
+      nonlocal done
+      done += tokens
+      self.on_progress('generate', done, total)
+
+    with self._session.measured():
+      for block in self._blocks(ids, work):
+        self._session.run(block, requests, work, on_token)
+        for n in sorted(block.index[block.index >= 0].tolist()):
+          r = requests[n]
+          given = prompts[n]
+          yield Output(
+            n,
+            given if isinstance(given, str) else list(given),
+            r.text or '',
+            r.ids,
+            r.reason,
+          )
+      self.on_progress('generate', total, total)
+
+  def score(self, texts: Sequence[Prompt]) -> list[Score]:
+    """Returns the log-probability of every token of every text.
+
+    Raises:
+      InputError: a text is not valid or longer than the context.
+    """
+    each = [SamplingParams(max_new_tokens=1)] * len(texts)
+    ids = self.encode(texts, each, room=0)
+    work = self._prepare(ids, 0)
+    scores = []
+    with self._session.measured():
+      for block in self._blocks(ids, work):
+        for k, values in self._session.score(block, work):
+          for n, row in zip(block.index[k].tolist(), values, strict=True):
+            if n >= 0:
+              tail = row[len(row) - len(ids[n]) : -1].tolist()
+              scores.append(Score(n, ids[n], [None, *tail]))
+    return scores
+
+  def encode(
+    self,
+    prompts: Sequence[Prompt],
+    params: Sequence[SamplingParams],
+    room: int | None = None,
+  ) -> list[list[int]]:
+    """Turns prompts into token ids and checks that each has its place.
+
+    `room` is how many positions to leave; default each one's new tokens.
+
+    Raises:
+      InputError: names the first prompt that is not valid, and why.
+    """
+    if not prompts:
+      raise InputError('there are no prompts')
+    encoded = []
+    for n, (prompt, p) in enumerate(zip(prompts, params, strict=True)):
+      ids = self._encode(n, prompt)
+      new = p.max_new_tokens if room is None else room
+      limit = self.config.max_positions - new
+      if limit < 1:
+        raise InputError(
+          f'prompt {n}: max_new_tokens {new} leaves no place for a prompt in '
+          f'a context of {self.config.max_positions}'
+        )
+      if len(ids) > limit and p.truncate_prompt:
+        lead = ids[: ids[0] == self.config.bos_id]
+        ids = lead + ids[len(ids) - limit + len(lead) :]
+      if len(ids) > limit:
+        raise InputError(
+          f'prompt {n} has {len(ids)} tokens; with {new} new ones the context '
+          f'of {self.config.max_positions} holds {limit}: shorten it, ask for '
+          'fewer new tokens, or set truncate_prompt'
+        )
+      encoded.append(ids)
+    return encoded
+
+  def prepare(
+    self,
+    prompts: Sequence[Prompt],
+    params: SamplingParams | Sequence[SamplingParams] | None = None,
+  ) -> None:
+    """Checks, plans and loads for such prompts, without running them."""
+    each = self._params(prompts, params)
+    self._prepare(
+      self.encode(prompts, each), max(p.max_new_tokens for p in each)
+    )
+
+  def close(self) -> None:
+    """Frees the tiers and deletes the run's files."""
+    self._session.close()
+
+  def __enter__(self) -> 'LLM':
+    return self
+
+  def __exit__(self, *exc) -> None:
+    self.close()
+
+  def _params(self, prompts, params) -> list[SamplingParams]:
+    if isinstance(prompts, str):
+      raise InputError('prompts must be a list of prompts, not one string')
+    if params is None or isinstance(params, SamplingParams):
+      return [params or SamplingParams()] * len(prompts)
+    if len(params) != len(prompts):
+      raise InputError(
+        f'{len(params)} sampling parameters for {len(prompts)} prompts'
+      )
+    return list(params)
+
+  def _encode(self, n: int, prompt: Prompt) -> list[int]:
+    if isinstance(prompt, str):
+      if self.tokenizer is None:
+        raise InputError(
+          f'prompt {n} is text, but {self._session.source.name} has no '
+          'tokenizer: give lists of token ids'
+        )
+      ids = self.tokenizer.encode(prompt)
+    else:
+      ids = [int(token) for token in prompt]
+    if not ids:
+      raise InputError(f'prompt {n} is empty')
+    size = self.config.vocab_size
+    if bad := [token for token in ids if not 0 <= token < size]:
+      raise InputError(
+        f'prompt {n}: token id {bad[0]} is outside the vocabulary of {size}'
+      )
+    return ids
+
+  def _decode(self, ids: Sequence[int]) -> str:
+    return self.tokenizer.decode(ids) if self.tokenizer else ''
+
+  def _prepare(self, ids: list[list[int]], gen_len: int) -> Workload:
+    longest = max(map(len, ids))
+    columns = -(-longest // _COLUMNS) * _COLUMNS
+    batch_size = min(self._batch_size or _BATCH_SIZE, len(ids))
+    batches = math.ceil(len(ids) / batch_size)
+    work = Workload(
+      batch_size=batch_size,
+      num_batches=min(self._num_batches or 1, batches),
+      prompt_len=columns,
+      gen_len=gen_len,
+    )
+    wider = None
+    if self._num_batches is None and batches > 1:
+      wider = dataclasses.replace(work, num_batches=min(_NUM_BATCHES, batches))
+    return self._session.prepare(work, wider, self.on_progress)
+
+  def _blocks(self, ids, work: Workload):
+    return blocks(
+      ids,
+      batch_size=work.batch_size,
+      num_batches=work.num_batches,
+      prompt_len=work.prompt_len,
+      pad_id=self.config.pad_id,
+    )

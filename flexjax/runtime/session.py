@@ -1,0 +1,426 @@
+"""One model in its tiers: plans, fills, runs blocks and keeps the figures.
+
+It hides tiers, store, engine and schedule from `LLM`, which knows prompts and
+requests only.
+"""
+
+import dataclasses
+import os
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flexjax.config import DTYPE_BYTES, Policy, Workload
+from flexjax.data.blocks import Block
+from flexjax.errors import InputError
+from flexjax.models import opt
+from flexjax.runtime import devices, loading, sampling, sources
+from flexjax.runtime.compute import Compute
+from flexjax.runtime.engine import Batch, Engine
+from flexjax.runtime.generate import Progress, Request
+from flexjax.runtime.meter import Meter
+from flexjax.runtime.plan import Plan, Problem, resolve
+from flexjax.runtime.stats import Stats
+from flexjax.runtime.store import Store
+from flexjax.schedule.zigzag import ORDERS, Shape, actions
+from flexjax.tiers.base import Spec, Tier
+from flexjax.tiers.device import DeviceTier
+from flexjax.tiers.disk import DiskTier
+from flexjax.tiers.host import HostTier
+from flexjax.typing import Key
+
+OnProgress = Callable[[str, int, int], None]
+_SIZE_FUNCTIONS = 6  # compiled anew for a new batch size
+
+
+class Session:
+  """A source in its tiers.
+
+  Args:
+    source: the model.
+    policy: splits may be left open.
+    dtype: of weights and compute; 'auto' is decided when the work is known.
+    budgets: bytes of device and host; None takes what the machine has.
+    disk_dir: None for no disk tier.
+  """
+
+  def __init__(
+    self,
+    source: sources.Source,
+    policy: Policy,
+    *,
+    dtype: str,
+    budgets: Mapping[str, int | None],
+    disk_dir: Path | None,
+  ):
+    self.source, self.policy = source, policy
+    self.machine = devices.machine()
+    self.budgets = {
+      'device': budgets['device'] or self.machine.device_memory,
+      'host': budgets['host'] or self.machine.host_memory,
+    }
+    self.disk_dir = disk_dir
+    self.asked_dtype, self.dtype = dtype, ''
+    self.plan: Plan | None = None
+    self.load_seconds = 0.0
+    self.store: Store | None = None
+    self._stats = Stats()
+    self._groups = opt.weight_groups(source.config)
+
+  # Planning and loading.
+
+  def prepare(
+    self, work: Workload, wider: Workload | None, on_progress: OnProgress
+  ) -> Workload:
+    """Plans for a workload and loads weights where that is still to do.
+
+    Args:
+      wider: the same work with more batches per block; taken where weights
+        must be streamed, because more batches share a load.
+
+    Returns:
+      The workload that was planned for.
+
+    Raises:
+      InputError: it does not fit, or a directory is not what it should be.
+    """
+    if self.store is not None:
+      fixed = {k: p for k, p in self.store.places.items() if k[0] == 'weights'}
+      try:
+        self.plan = self._plan(work, wider, self.dtype, fixed)
+      except InputError:
+        self.plan = self._plan(work, wider, self.dtype, None)
+        self.close()  # it fits only with the weights elsewhere
+    if self.store is None:
+      self.dtype = self.dtype or self._choose_dtype(work, wider)
+      self.plan = self._plan(work, wider, self.dtype, None)
+      self._load(on_progress)
+    assert self.plan is not None
+    self._allocate(self.plan)
+    return self.plan.problem.work
+
+  def _plan(self, work, wider, dtype: str, fixed) -> Plan:
+    plan = resolve(self._problem(work, dtype), self.policy, fixed)
+    if wider is not None and plan.placement['weights']['device'] < 1:
+      try:
+        return resolve(self._problem(wider, dtype), self.policy, fixed)
+      except InputError:
+        pass  # too wide: the narrow one fits
+    return plan
+
+  def _problem(self, work: Workload, dtype: str) -> Problem:
+    itemsize = DTYPE_BYTES[dtype]
+    return Problem(
+      config=self.source.config,
+      work=work,
+      layers=[
+        (layer.kind, layer.groups)
+        for layer in opt.layers(self.source.config, dtype)
+      ],
+      group_bytes=[
+        sum(int(np.prod(s)) for s in shapes.values()) * itemsize
+        for shapes in self._groups
+      ],
+      itemsize=itemsize,
+      cache_itemsize=_cache_dtype(dtype, self.policy).itemsize,
+      unified=self.machine.unified,
+      budgets=self.budgets | {'disk': self._disk_budget(dtype)},
+    )
+
+  def _disk_budget(self, dtype: str) -> int:
+    """Free bytes, and those that this model's weights take already."""
+    if self.disk_dir is None:
+      return 0
+    budget = devices.free_disk(self.disk_dir)
+    if (self.disk_dir / loading.MANIFEST).exists():
+      folder = self._folder(dtype)
+      budget += DTYPE_BYTES[dtype] * sum(
+        int(np.prod(s))
+        for group in folder.complete
+        for s in self._groups[group].values()
+      )
+    return budget
+
+  def _folder(self, dtype: str) -> loading.WeightFolder:
+    assert self.disk_dir is not None
+    return loading.WeightFolder(
+      self.disk_dir, loading.identity(self.source, dtype)
+    )
+
+  def _choose_dtype(self, work: Workload, wider: Workload | None) -> str:
+    if self.asked_dtype != 'auto':
+      return self.asked_dtype
+    held = loading.held_dtype(self.disk_dir)
+    if held in DTYPE_BYTES:
+      return held
+    if self.machine.platform != 'cpu':
+      return self.source.config.checkpoint_dtype
+    ranked = sources.dtypes_by_speed(self.source.config, work.batch_size)
+    best: tuple[int, str] | None = None
+    for dtype in ranked:
+      try:
+        low = self._plan(work, wider, dtype, None).peak['disk']
+      except InputError:
+        continue
+      if best is None or low < best[0]:
+        best = (low, dtype)
+    return best[1] if best else ranked[-1]  # whose refusal is then raised
+
+  def _load(self, on_progress: OnProgress) -> None:
+    assert self.plan is not None
+    began = time.perf_counter()
+    m, plan, dtype = self.machine, self.plan, jnp.dtype(self.dtype)
+    places = {
+      int(key[1]): tier for key, tier in plan.places.items()
+      if key[0] == 'weights'
+    }
+    tiers: dict[str, Tier] = {
+      'device': DeviceTier(m.device),
+      'host': HostTier(m.pinned, m.device),
+    }
+    on_disk = [g for g, tier in places.items() if tier == 'disk']
+    if 'disk' in plan.places.values():
+      assert self.disk_dir is not None
+      folder = self._folder(self.dtype)
+      tiers['disk'] = DiskTier(self.disk_dir, m.pinned, m.device)
+    attended = None
+    if self.policy.attention == 'host':
+      attended = HostTier(m.cpu, m.cpu)
+    self.meter = Meter()
+    self.store = Store(tiers, attended, self.meter)
+    self._closer = weakref.finalize(self, _close, tiers, self.meter)
+    done = 0
+
+    def on_group(group: int) -> None:
+      nonlocal done
+      done += 1
+      on_progress('load', done, len(places))
+
+    if on_disk:
+      disk = tiers['disk']
+      assert isinstance(disk, DiskTier)
+      loading.write_disk(
+        self.source.weights, self._groups, on_disk, dtype, disk, folder, on_group
+      )
+      for group in on_disk:
+        self.store.places['weights', group] = 'disk'
+    loading.fill_memory(
+      self.source.weights,
+      self._groups,
+      {g: tier for g, tier in places.items() if tier != 'disk'},
+      dtype,
+      self.store,
+      min(os.cpu_count() or 1, 16),
+      on_group,
+    )
+    layers = opt.layers(self.source.config, dtype)
+    self.compute = Compute(layers)
+    self.engine = Engine(
+      layers,
+      self.compute,
+      self.store,
+      device=m.device,
+      pinned=m.pinned,
+      cpu=m.cpu,
+      host_attention=self.policy.attention == 'host',
+    )
+    self.load_seconds = time.perf_counter() - began
+
+  def _allocate(self, plan: Plan) -> None:
+    """Makes cache and hidden states have the plan's places and shapes."""
+    assert self.store is not None
+    wanted = {
+      key: spec
+      for key, spec in self._specs(plan).items()
+      if key[0] != 'hidden' or plan.problem.work.prompt_len
+    }
+    for key in list(self.store.places):
+      if key[0] != 'weights' and not self._stands(key, wanted.get(key), plan):
+        self.store.free(key)
+    for key, spec in wanted.items():
+      if key not in self.store.places:
+        self.store.allocate(key, spec, plan.places[key])
+
+  def _stands(self, key: Key, spec: Spec | None, plan: Plan) -> bool:
+    assert self.store is not None
+    return (
+      spec is not None
+      and self.store.places[key] == plan.places[key]
+      and self.store.spec(key) == spec
+    )
+
+  def _specs(self, plan: Plan) -> dict[Key, Spec]:
+    work, config = plan.problem.work, self.source.config
+    dtype = jnp.dtype(self.dtype)
+    cache = jax.ShapeDtypeStruct(
+      (2, work.batch_size, config.num_heads, work.cache_len, config.head_size),
+      _cache_dtype(self.dtype, self.policy),
+    )
+    hidden = jax.ShapeDtypeStruct(
+      (work.batch_size, work.prompt_len, config.hidden_size), dtype
+    )
+    specs: dict[Key, Spec] = {
+      key: {'kv': cache} for key in plan.problem.sizes('cache')
+    }
+    return specs | {key: {'x': hidden} for key in plan.problem.sizes('hidden')}
+
+  # Running.
+
+  @contextmanager
+  def measured(self) -> Iterator[None]:
+    """Collects the figures of what runs inside."""
+    assert self.plan is not None
+    self._totals = dict.fromkeys(
+      ('prefill_seconds', 'decode_seconds'), 0.0
+    ) | dict.fromkeys(('generated_tokens', 'scored_tokens', 'first_tokens'), 0)
+    links = dict(self.meter.link_bytes)
+    busy, began = self.meter.busy_seconds, time.perf_counter()
+    try:
+      yield
+    finally:
+      seconds = time.perf_counter() - began
+      assert self.store is not None
+      self._stats = Stats(
+        **self._totals,
+        peak_bytes=self.store.peak_bytes(),
+        link_bytes={
+          link: count - links[link]
+          for link, count in self.meter.link_bytes.items()
+        },
+        link_busy_fraction=(self.meter.busy_seconds - busy) / seconds,
+        placement=self.plan.placement,
+        compilations=self.compute.traces,
+        load_seconds=self.load_seconds,
+      )
+
+  def stats(self) -> Stats:
+    return self._stats
+
+  def run(
+    self,
+    block: Block,
+    requests: Sequence[Request],
+    work: Workload,
+    on_token: Callable[[int, int], None],
+  ) -> None:
+    """Generates for one block; its requests are finished afterwards."""
+    assert self.plan is not None
+    self._allocate(self.plan)  # an earlier block may have shrunk
+    mine = [requests[n] for n in block.index[block.index >= 0]]
+    steps = max(r.params.max_new_tokens for r in mine)
+    progress = Progress(
+      block,
+      requests,
+      lambda k, keep: self.engine.resize(k, keep, self.plan.problem.cached),
+      self._is_worth,
+      on_token,
+    )
+    self._progress = progress
+    self._sizes = {work.batch_size}
+    batches = [self._batch(block, k, requests) for k in range(len(block.ids))]
+    self._execute(progress, batches, work, steps)
+    progress.finish()
+    self._totals['prefill_seconds'] += progress.prefill_seconds
+    self._totals['decode_seconds'] += progress.decode_seconds
+    self._totals['generated_tokens'] += sum(len(r.ids) for r in mine)
+    self._totals['first_tokens'] += len(mine)
+
+  def score(
+    self, block: Block, work: Workload
+  ) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields (k, [B, T]) log-probabilities of each column's next token."""
+    began = time.perf_counter()
+    results: dict[int, jax.Array] = {}
+
+    class Collect:
+      def took(self, i: int, k: int, result: jax.Array) -> None:
+        results[k] = result
+
+      def wanted(self, i: int, k: int, now: bool) -> bool:
+        return bool((block.index[k] >= 0).any())
+
+    batches = [self._batch(block, k, None) for k in range(len(block.ids))]
+    self._execute(Collect(), batches, work, 1)
+    for k, values in sorted(jax.device_get(results).items()):
+      yield k, values
+    self._totals['prefill_seconds'] += time.perf_counter() - began
+    real = block.index >= 0
+    self._totals['scored_tokens'] += int(
+      (block.ids.shape[2] - block.start - 1)[real].sum()
+    )
+
+  def _execute(self, decoding, batches, work: Workload, steps: int) -> None:
+    assert self.plan is not None
+    shape = Shape(
+      steps,
+      len(self.engine.layers),
+      work.num_batches,
+      frozenset(self.plan.problem.cached),
+    )
+    todo = actions(
+      shape,
+      ORDERS[self.policy.schedule](shape),
+      depth=self.policy.prefetch_depth,
+      overlap=self.policy.overlap,
+      wanted=decoding.wanted,
+    )
+    with jax.transfer_guard('disallow'):
+      self.engine.run(todo, batches, work.prompt_len, decoding)
+
+  def _batch(
+    self, block: Block, k: int, requests: Sequence[Request] | None
+  ) -> Batch:
+    """Puts batch k on the device; without requests it is to be scored."""
+    device, cpu = self.machine.device, self.machine.cpu
+    index = block.index[k]
+    params = [
+      requests[n].params if requests and n >= 0 else None for n in index
+    ]
+    targets = None
+    if requests is None:
+      following = np.roll(block.ids[k], -1, axis=1)
+      targets = jax.device_put(following, device)
+    return Batch(
+      tokens=jax.device_put(block.ids[k], device),
+      start=jax.device_put(block.start[k], device),
+      start_host=jax.device_put(block.start[k], cpu),
+      sampling=jax.device_put(sampling.pack(params, index), device),
+      mode=sampling.mode(params),
+      targets=targets,
+    )
+
+  def _is_worth(self, k: int, size: int, steps: int) -> bool:
+    """Whether smaller batches save more time than compiling takes."""
+    old = self.engine.batches[k].start.shape[0]
+    saved = steps * self._progress.step_seconds * (1 - size / old)
+    compiling = self.compute.trace_seconds / max(self.compute.traces, 1)
+    cost = 0.0 if size in self._sizes else _SIZE_FUNCTIONS * compiling
+    if saved > cost:
+      self._sizes.add(size)
+    return saved > cost
+
+  def close(self) -> None:
+    """Frees every tier and deletes the run's files."""
+    if self.store is not None:
+      self._closer()
+      self.store = None
+
+
+def _close(tiers: Mapping[str, Tier], meter: Meter) -> None:
+  meter.close()
+  for tier in tiers.values():
+    if isinstance(tier, DiskTier):
+      tier.close()
+
+
+def _cache_dtype(dtype: str, policy: Policy) -> np.dtype:
+  """A cache that the CPU attends to in float16 would be slow: float32."""
+  if policy.attention == 'host' and dtype == 'float16':
+    return np.dtype(np.float32)
+  return jnp.dtype(dtype)

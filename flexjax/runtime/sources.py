@@ -1,0 +1,101 @@
+"""A model's name -> its configuration, weights and tokenizer.
+
+Hides whether a model is the bundled one, a directory, a hub id, a preset with
+random weights, or any of these in the dtype that suits the machine.
+"""
+
+import dataclasses
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+import flexjax.models
+from flexjax.config import DTYPE_BYTES, ModelConfig
+from flexjax.data.tokenizer import Tokenizer
+from flexjax.errors import InputError
+from flexjax.models import hub, opt, presets
+from flexjax.models.checkpoint import Checkpoint
+from flexjax.models.hf_config import read_config
+from flexjax.models.random_weights import RandomWeights
+from flexjax.typing import WeightSource
+
+BUNDLED = Path(flexjax.models.__file__).parent / 'tiny_opt'
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """A model that can be loaded; `tokenizer` is None for a bare preset."""
+
+  name: str
+  config: ModelConfig
+  weights: WeightSource
+  tokenizer: Tokenizer | None
+
+
+def find_source(
+  model: str | Path | None, *, random_weights: bool = False, seed: int = 0
+) -> Source:
+  """Finds and checks a model without reading its weights.
+
+  Args:
+    model: a checkpoint directory, a hub id, with `random_weights` also a
+      preset such as opt-1.3b; None for the model that ships with flexjax.
+    random_weights: take only the configuration and draw the weights.
+    seed: of the random weights.
+
+  Raises:
+    InputError: there is no such model, or it is not whole.
+  """
+  name = str(model or 'bundled tiny OPT')
+  preset = str(model).lower().rsplit('/', 1)[-1]
+  if random_weights and preset in presets.NAMES and not Path(name).is_dir():
+    config = presets.preset(preset)
+    return Source(name, config, RandomWeights(config, seed), None)
+  if model is None:
+    path = BUNDLED
+  else:
+    try:
+      path = hub.find_checkpoint(name)
+    except InputError as e:
+      if preset in presets.NAMES:
+        raise InputError(
+          f'{e}; for benchmarks the preset {preset} runs with --random_weights'
+        ) from None
+      raise
+  tokenizer = Tokenizer.open(path)
+  if random_weights:
+    config = read_config(path)
+    return Source(name, config, RandomWeights(config, seed), tokenizer)
+  checkpoint = Checkpoint.open(path)
+  return Source(name, checkpoint.config, checkpoint, tokenizer)
+
+
+def dtypes_by_speed(config: ModelConfig, rows: int) -> list[str]:
+  """Measures which dtype this CPU multiplies `rows` tokens fastest in.
+
+  Decides `--dtype=auto` on a CPU; takes a fraction of a second.
+  """
+  shape = (min(config.ffn_size, 4096), min(config.hidden_size, 2048))
+  seconds = {}
+  for dtype in ('float32', 'bfloat16'):
+    w = jax.device_put(np.ones(shape, np.dtype(jax.numpy.dtype(dtype))))
+    x = jax.device_put(np.ones((rows, shape[1]), w.dtype))
+    product = jax.jit(opt.linear)
+    jax.block_until_ready(product(x, w))
+    runs = []
+    for _ in range(5):
+      began = time.perf_counter()
+      jax.block_until_ready(product(x, w))
+      runs.append(time.perf_counter() - began)
+    seconds[dtype] = min(runs)
+  return sorted(seconds, key=lambda dtype: seconds[dtype])
+
+
+def check_dtype(dtype: str) -> None:
+  """Raises InputError unless `dtype` is 'auto' or one that is supported."""
+  if dtype not in ('auto', *DTYPE_BYTES):
+    raise InputError(
+      f"dtype must be one of auto, {', '.join(DTYPE_BYTES)}, got '{dtype}'"
+    )
