@@ -6,5 +6,11 @@ from flexjax.runtime.generate import Output
 from flexjax.runtime.llm import LLM, Score, load
 
 __all__ = [
-  'LLM', 'InputError', 'Output', 'Policy', 'SamplingParams', 'Score', 'load',
+  'LLM',
+  'InputError',
+  'Output',
+  'Policy',
+  'SamplingParams',
+  'Score',
+  'load',
 ]

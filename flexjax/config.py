@@ -5,8 +5,9 @@ read, tested and run on a machine without an accelerator.
 """
 
 import dataclasses
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from flexjax.errors import InputError
@@ -144,16 +145,16 @@ class Split:
     )
 
   @classmethod
-  def parse(cls, value: 'str | Sequence[float] | Split | None', name: str) -> (
-    'Split | None'
-  ):
+  def parse(
+    cls, value: 'str | Sequence[float] | Split | None', name: str
+  ) -> 'Split | None':
     """Reads `20,80,0` or (20, 80, 0); None and '' mean not given.
 
     Raises:
       InputError: it is not three percentages that sum to 100; names `name`.
     """
     if value is None or value == '' or isinstance(value, Split):
-      return value or None
+      return value if isinstance(value, Split) else None
     parts = value.split(',') if isinstance(value, str) else value
     try:
       device, host, disk = (float(p) for p in parts)
@@ -225,10 +226,11 @@ class SamplingParams:
     seed: of this request's own random stream. Requests that share a seed and
       a prompt get the same text; None takes the request's index.
     stop: strings that end the text; the text ends before the first of them.
-    stop_token_ids: token ids that end the text, left out of it like eos.
+    stop_token_ids: token ids that end the text; like eos, such an id is the
+      last of the output's ids and leaves no trace in its text.
     ignore_eos: go on past the end-of-text token.
-    truncate_prompt: drop a too long prompt's oldest tokens instead of
-      refusing it.
+    truncate_prompt: drop a too long prompt's oldest tokens, all but a leading
+      `</s>`, instead of refusing it.
   """
 
   max_new_tokens: int = 32
@@ -244,15 +246,45 @@ class SamplingParams:
   def __post_init__(self) -> None:
     if isinstance(self.stop, str):
       object.__setattr__(self, 'stop', (self.stop,))
-    checks: list[tuple[bool, str, Any]] = [
-      (self.max_new_tokens >= 1, 'max_new_tokens must be at least 1', ''),
-      (self.temperature >= 0, 'temperature must not be negative', ''),
-      (self.top_k >= 0, 'top_k must not be negative', ''),
-      (0 < self.top_p <= 1, 'top_p must be in (0, 1]', ''),
-      (all(self.stop), 'a stop string must not be empty', ''),
-    ]
-    for ok, message, _ in checks:
-      name = message.split()[0]
-      _refuse_unless(ok, f'{message}, got {getattr(self, name, self.stop)}')
+    self._check('max_new_tokens', int, lambda n: n >= 1)
+    self._check('top_k', int, lambda k: k >= 0)
+    self._check('temperature', (int, float), lambda t: 0 <= t < math.inf)
+    self._check('top_p', (int, float), lambda p: 0 < p <= 1)
+    for name in ('ignore_eos', 'truncate_prompt'):
+      self._check(name, bool, lambda flag: True)
+    if self.seed is not None:
+      self._check('seed', int, lambda seed: seed >= 0)
+    self._check('stop', (tuple, list), lambda s: all(_is_text(x) for x in s))
+    self._check('stop_token_ids', (tuple, list), lambda s: all(map(_is_id, s)))
     object.__setattr__(self, 'stop', tuple(self.stop))
     object.__setattr__(self, 'stop_token_ids', tuple(self.stop_token_ids))
+
+  def _check(self, name: str, kind: Any, ok: Callable[[Any], bool]) -> None:
+    value = getattr(self, name)
+    fits = isinstance(value, kind) and (
+      kind is bool or not isinstance(value, bool)
+    )
+    _refuse_unless(
+      fits and ok(value), f'{name} must be {_EXPECTED[name]}, got {value!r}'
+    )
+
+
+_EXPECTED = {
+  'max_new_tokens': 'an integer of at least 1',
+  'temperature': 'a number of at least 0',
+  'top_k': 'an integer of at least 0',
+  'top_p': 'a number above 0 and at most 1',
+  'seed': 'an integer of at least 0',
+  'stop': 'a string or a list of strings, none of them empty',
+  'stop_token_ids': 'a list of token ids',
+  'ignore_eos': 'true or false',
+  'truncate_prompt': 'true or false',
+}
+
+
+def _is_text(value: Any) -> bool:
+  return isinstance(value, str) and bool(value)
+
+
+def _is_id(value: Any) -> bool:
+  return isinstance(value, int) and not isinstance(value, bool) and value >= 0

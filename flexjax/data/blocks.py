@@ -46,5 +46,7 @@ def blocks(
       index[n] = first + n
     shape = (num_batches, batch_size)
     yield Block(
-      ids.reshape(*shape, prompt_len), start.reshape(shape), index.reshape(shape)
+      ids.reshape(*shape, prompt_len),
+      start.reshape(shape),
+      index.reshape(shape),
     )

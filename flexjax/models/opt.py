@@ -35,6 +35,10 @@ _SCORE_BYTES = 64 * 2**20  # float32 scores held at once in a prefill
 _MASKED = -1e30  # finite: a row that is all padding must not become NaN
 
 
+Cache = Mapping[str, Array]
+"""Keys 'k' and values 'v', each [B, N, S, H]."""
+
+
 class Layer(NamedTuple):
   """One layer of the schedule.
 
@@ -51,18 +55,18 @@ class Layer(NamedTuple):
 
 def layers(config: ModelConfig, dtype: DTypeLike) -> tuple[Layer, ...]:
   """Returns the J = 2 * num_layers + 2 layers, embed first, head last."""
-  make = {'config': config, 'dtype': jnp.dtype(dtype)}
+  dtype = jnp.dtype(dtype)
   last = 2 * config.num_layers + 2
   body = [
-    Layer(kind, module(**make), (2 + 2 * n + m,))
+    Layer(kind, module(config, dtype), (2 + 2 * n + m,))
     for n in range(config.num_layers)
     for m, (kind, module) in enumerate((('attention', Attention), ('mlp', MLP)))
   ]
   head_groups = (0, last) if config.tied_head else (last,)
   return (
-    Layer('embed', Embed(**make), (0, 1)),
+    Layer('embed', Embed(config, dtype), (0, 1)),
     *body,
-    Layer('head', Head(**make), head_groups),
+    Layer('head', Head(config, dtype), head_groups),
   )
 
 
@@ -73,8 +77,8 @@ def weight_groups(config: ModelConfig) -> tuple[Shapes, ...]:
   too; then the rest of the embedding, attention and MLP in turn, the head.
   """
   d, f, e = config.hidden_size, config.ffn_size, config.embed_size
-  attention = {'qkv': (3 * d, d), 'out': (d, d)}
-  mlp = {'fc1': (f, d), 'fc2': (d, f)}
+  attention: Shapes = {'qkv': (3 * d, d), 'out': (d, d)}
+  mlp: Shapes = {'fc1': (f, d), 'fc2': (d, f)}
   embed = {'positions': (config.max_positions + POSITION_OFFSET, d)}
   head: dict[str, tuple[int, ...]] = {}
   if e != d:
@@ -82,14 +86,21 @@ def weight_groups(config: ModelConfig) -> tuple[Shapes, ...]:
     head['project_out'] = (e, d)
   if not config.tied_head:
     head['table'] = (config.vocab_size, e)
-  groups = [{'table': (config.vocab_size, e)}, embed]
-  groups += [attention, mlp] * config.num_layers + [head]
-  kinds = ['', '', *['attention', 'mlp'] * config.num_layers, 'head']
-  return tuple(
-    {**shapes, 'vectors': (total,)} if total else shapes
-    for shapes, kind in zip(groups, kinds, strict=True)
-    if (total := sum(vector_sizes(config, kind).values())) >= 0
+  blocks = [
+    _packed(attention, config, 'attention'),
+    _packed(mlp, config, 'mlp'),
+  ]
+  return (
+    {'table': (config.vocab_size, e)},
+    embed,
+    *blocks * config.num_layers,
+    _packed(head, config, 'head'),
   )
+
+
+def _packed(shapes: Shapes, config: ModelConfig, kind: str) -> Shapes:
+  size = sum(vector_sizes(config, kind).values())
+  return {**shapes, 'vectors': (size,)} if size else shapes
 
 
 def vector_sizes(config: ModelConfig, kind: str) -> dict[str, int]:
@@ -167,8 +178,9 @@ class Embed(_Base):
 class Attention(_Base):
   """Self-attention with its norm and residual; returns new cache rows.
 
-  Cache and rows are [2, B, N, S or T, H], keys then values: rows of a head lie
-  together, the layout that batched products read without a transpose.
+  Cache and rows are {'k': keys, 'v': values}, each [B, N, S or T, H]: rows of
+  a head lie together, which batched products read without a transpose, and
+  keys apart from values, which XLA:CPU would copy out of a joint array.
   """
 
   @nn.compact
@@ -179,14 +191,14 @@ class Attention(_Base):
 
   @nn.compact
   def project(self, hidden):
-    """hidden [B, T, D] -> queries [B, N, T, H], new rows [2, B, N, T, H]."""
+    """hidden [B, T, D] -> queries [B, N, T, H], new rows of the cache."""
     b, t, d = hidden.shape
     v = self.vectors('attention')
     x = self.norm(hidden, v) if self.config.pre_layer_norm else hidden
     x = linear(x, self.weight('qkv', 3 * d, d), v.get('qkv'))
     x = x.reshape(b, t, 3, self.config.num_heads, self.config.head_size)
     x = x.transpose(2, 0, 3, 1, 4)  # [3, B, N, T, H]
-    return x[0] * (self.config.head_size**-0.5), x[1:]
+    return x[0] * (self.config.head_size**-0.5), {'k': x[1], 'v': x[2]}
 
   @nn.compact
   def output(self, hidden, x):
@@ -250,14 +262,14 @@ def linear(x: Array, w: Array, bias: Array | None = None, dtype=None) -> Array:
 
 
 def attend(
-  q: Array, rows: Array, cache: Array | None, start: Array, position: Array
+  q: Array, rows: Cache, cache: Cache | None, start: Array, position: Array
 ) -> Array:
   """Causal attention of T new tokens over the cache and over themselves.
 
   Args:
     q: queries [B, N, T, H], already scaled.
-    rows: keys and values of the new tokens [2, B, N, T, H].
-    cache: keys and values [2, B, N, S, H], of which `position` rows hold
+    rows: keys and values of the new tokens, each [B, N, T, H].
+    cache: keys and values, each [B, N, S, H], of which `position` rows hold
       tokens; None where there are none yet.
     start: [B] columns of left padding in each row of the batch.
     position: column of the first new token.
@@ -271,7 +283,7 @@ def attend(
   chunk_bytes = 4 * n * min(t, _QUERY_CHUNK) * t
   return jax.lax.map(
     lambda row: _attend_fresh(*row),
-    (q, rows[0], rows[1], start),
+    (q, rows['k'], rows['v'], start),
     batch_size=max(1, min(q.shape[0], _SCORE_BYTES // chunk_bytes)),
   )
 
@@ -297,9 +309,9 @@ def _attend_cached(q, rows, cache, start, position):
   if t == 1 and q.dtype.itemsize < 4:
     # XLA:CPU: a single 16-bit query reads the cache at 1 GB/s, two at 7.
     queries = jnp.concatenate([q, q], axis=2)
-  old = _product('bnth,bnsh->bnts', queries, cache[0])
-  new = _product('bnth,bnsh->bnts', queries, rows[0])
-  column = jnp.arange(cache.shape[3])
+  old = _product('bnth,bnsh->bnts', queries, cache['k'])
+  new = _product('bnth,bnsh->bnts', queries, rows['k'])
+  column = jnp.arange(cache['k'].shape[2])
   seen = (column < position) & (column >= start[:, None])  # [B, S]
   old = jnp.where(seen[:, None, None], old, _MASKED)
   column = jnp.arange(t)
@@ -309,8 +321,8 @@ def _attend_cached(q, rows, cache, start, position):
   top = jnp.maximum(old.max(-1), new.max(-1))[..., None]
   old, new = jnp.exp(old - top), jnp.exp(new - top)
   total = (old.sum(-1) + new.sum(-1))[..., None]
-  x = _product('bnts,bnsh->bnth', old.astype(q.dtype), cache[1])
-  x = x + _product('bnts,bnsh->bnth', new.astype(q.dtype), rows[1])
+  x = _product('bnts,bnsh->bnth', old.astype(q.dtype), cache['v'])
+  x = x + _product('bnts,bnsh->bnth', new.astype(q.dtype), rows['v'])
   return (x / total)[:, :, :t].astype(q.dtype)
 
 

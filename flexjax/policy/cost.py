@@ -14,7 +14,7 @@ SCORED_BYTES = 64 * 2**20  # of float32 logits that scoring holds at once
 
 
 def cache_bytes(config: ModelConfig, work: Workload, itemsize: int) -> int:
-  """Bytes of one (layer, batch) KV cache: keys and values [2, B, N, S, H]."""
+  """Bytes of one (layer, batch) KV cache: keys and values [B, N, S, H]."""
   return 2 * work.batch_size * work.cache_len * config.hidden_size * itemsize
 
 

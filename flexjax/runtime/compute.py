@@ -51,10 +51,10 @@ class Compute:
     kind: str,
     weights: dict[str, Array],
     hidden: Array,
-    cache: Array | None,
+    cache: opt.Cache | None,
     start: Array,
     position: Array,
-  ) -> tuple[Array, Array | None]:
+  ) -> tuple[Array, dict[str, Array] | None]:
     """Runs an embed, attention or mlp layer: (hidden, new cache rows)."""
     return self._layers[kind](weights, hidden, cache, start, position)
 
@@ -102,9 +102,9 @@ def _score(module, weights, hidden, targets):
 
   def one(columns):
     x, target = columns  # [B, D], [B]
-    logits = module.apply(
-      {'params': weights}, x[:, None], method='logits'
-    )[:, 0]
+    logits = module.apply({'params': weights}, x[:, None], method='logits')[
+      :, 0
+    ]
     picked = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
     return picked - jax.nn.logsumexp(logits, axis=-1)
 

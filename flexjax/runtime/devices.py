@@ -101,7 +101,11 @@ def _gpu_memory() -> int | None:
   """Total bytes of the first GPU, asked without starting JAX."""
   try:
     out = subprocess.run(
-      ['nvidia-smi', '--query-gpu=memory.total', '--format=csv,noheader,nounits'],
+      [
+        'nvidia-smi',
+        '--query-gpu=memory.total',
+        '--format=csv,noheader,nounits',
+      ],
       capture_output=True,
       text=True,
       timeout=60,

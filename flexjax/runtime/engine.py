@@ -21,7 +21,7 @@ from flexjax.runtime.store import Store
 from flexjax.schedule.zigzag import Action
 from flexjax.tiers.base import At, Pending
 
-CACHE_AXIS = 3  # rows S of a cache [2, B, N, S, H]
+CACHE_AXIS = 2  # rows S of keys and values [B, N, S, H]
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -80,7 +80,7 @@ class Engine:
     self._weights: dict[int, tuple[Pending, int]] = {}
     self._pending: dict[tuple[str, int, int], Pending] = {}
     self._output: Array | None = None  # of the latest compute, not yet stored
-    self._rows: Array | None = None  # its new cache rows
+    self._rows: dict[str, Array] | None = None  # its new cache rows
     self._running: dict[tuple[int, int, int], Array] = {}
     self._scalars: dict[tuple[Sharding, int], Array] = {}
     self._used: Array | None = None
@@ -118,16 +118,14 @@ class Engine:
   def _shrink(self, key, rows: Array) -> None:
     place = self.store.places[key]
     spec = {
-      name: jax.ShapeDtypeStruct(
-        (s.shape[0], len(rows), *s.shape[2:]), s.dtype
-      )
+      name: jax.ShapeDtypeStruct((len(rows), *s.shape[1:]), s.dtype)
       for name, s in self.store.spec(key).items()
     }
     pending = self.store.fetch(key)
     value = pending.result()
     where = next(iter(value.values())).sharding
     index = jax.device_put(rows, where)
-    value = {n: self.compute.take(v, index, axis=1) for n, v in value.items()}
+    value = {n: self.compute.take(v, index, axis=0) for n, v in value.items()}
     jax.block_until_ready(value)
     pending.release()
     self.store.free(key)
@@ -160,7 +158,7 @@ class Engine:
 
   def _compute(self, i: int, j: int, k: int) -> None:
     kind = self.layers[j].kind
-    weights = {}
+    weights: dict[str, Array] = {}
     for group in self.layers[j].groups:
       weights |= self._weights[group][0].result()
     batch = self.batches[k]
@@ -202,10 +200,10 @@ class Engine:
     self._output = self.compute.output(weights, hidden, x)
     return self._output
 
-  def _cached(self, i: int, j: int, k: int) -> Array:
+  def _cached(self, i: int, j: int, k: int) -> dict[str, Array]:
     if ('cache', j, k) not in self._pending:  # dropped when the batch shrank
       self._load_cache(i, j, k)
-    return self._pending['cache', j, k].result()['kv']
+    return self._pending['cache', j, k].result()
 
   def _finish(self, i: int, k: int, weights, hidden) -> Array:
     batch = self.batches[k]
@@ -223,7 +221,7 @@ class Engine:
   def _store_cache(self, i: int, j: int, k: int) -> None:
     index = self.prompt_len + i - 1 if i else 0
     assert self._rows is not None
-    self.store.put(('cache', j, k), {'kv': self._rows}, At(CACHE_AXIS, index))
+    self.store.put(('cache', j, k), self._rows, At(CACHE_AXIS, index))
     self._rows = None
 
   def _store_hidden(self, i: int, j: int, k: int) -> None:

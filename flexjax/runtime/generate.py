@@ -127,19 +127,15 @@ class Progress:
 
   def wanted(self, i: int, k: int, now: bool) -> bool:
     """Whether any request of batch k still wants token i."""
-    live = [r is not None and not r.reason for r in self.rows[k]]
-    if now and self._new[k] and (
-      any(r.may_stop for r, on in zip(self.rows[k], live, strict=True) if on)
-    ):
+    if now and self._new[k] and any(r.may_stop for r in self._live(k)):
       self._settle(k)
-      live = [r is not None and not r.reason for r in self.rows[k]]
-    live = [
-      on and i < r.params.max_new_tokens
-      for r, on in zip(self.rows[k], live, strict=True)
-    ]
-    if now and i > 0 and 0 < 2 * sum(live) <= len(live):
-      self._shrink(k, np.flatnonzero(live))
-    return any(live)
+    live = [r for r in self._live(k) if i < r.params.max_new_tokens]
+    if now and i > 0 and 0 < 2 * len(live) <= len(self.rows[k]):
+      self._shrink(k, live)
+    return bool(live)
+
+  def _live(self, k: int) -> list[Request]:
+    return [r for r in self.rows[k] if r is not None and not r.reason]
 
   def took(self, i: int, k: int, result: Array) -> None:
     """Token i of batch k has been dispatched."""
@@ -160,7 +156,7 @@ class Progress:
     if not self._new[k]:
       return
     for tokens in jax.device_get(self._new[k]):
-      live = [r for r in self.rows[k] if r is not None and not r.reason]
+      live = self._live(k)
       for request, token in zip(self.rows[k], tokens.tolist(), strict=True):
         if request is not None:
           request.add(token)
@@ -169,20 +165,19 @@ class Progress:
     self._new[k] = []
     self.decode_seconds += self._lap()
 
-  def _shrink(self, k: int, keep: np.ndarray) -> None:
-    """Keeps the live rows, filled up to half, a quarter, ... of the batch."""
+  def _shrink(self, k: int, live: Sequence[Request]) -> None:
+    """Keeps the live rows, in a batch of half the size, a quarter, ..."""
     self._settle(k)
     size = len(self.rows[k])
-    while size > 1 and (size + 1) // 2 >= len(keep):
+    while size > 1 and (size + 1) // 2 >= len(live):
       size = (size + 1) // 2
-    left = max(r.params.max_new_tokens - len(r.ids) for r in self.rows[k] if r)
+    left = max(r.params.max_new_tokens - len(r.ids) for r in live)
     if size == len(self.rows[k]) or not self.worth(k, size, left):
       return
-    keep = np.concatenate([keep, np.repeat(keep[:1], size - len(keep))])
-    rows = [self.rows[k][n] for n in keep]
-    first = {id(r): n for n, r in reversed(list(enumerate(rows)))}
-    self.rows[k] = [r if first[id(r)] == n else None for n, r in enumerate(rows)]
-    self.resize(k, keep)
+    keep = [self.rows[k].index(r) for r in live]
+    spare = size - len(live)
+    self.rows[k] = [*live, *[None] * spare]
+    self.resize(k, np.array(keep + keep[:1] * spare, np.int32))
 
   def _lap(self) -> float:
     before, self._stamp = self._stamp, time.perf_counter()

@@ -7,11 +7,9 @@ are read at the first use, when the work is known, and stay.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from flexjax.config import Policy, SamplingParams, Split, Workload, parse_bytes
 from flexjax.data.blocks import blocks
@@ -60,7 +58,7 @@ def load(
   host_memory: int | str | None = None,
   disk_dir: str | Path | None = None,
   random_weights: bool = False,
-  seed: int = 0,
+  weights_seed: int = 0,
 ) -> 'LLM':
   """Opens a model; its weights are read when it is first used.
 
@@ -77,7 +75,7 @@ def load(
     device_memory, host_memory: budgets in bytes or like '16GiB'; default what
       the machine has.
     disk_dir: directory of the disk tier; without one there is no disk tier.
-    random_weights: draw the weights from `seed`, for benchmarks.
+    random_weights: draw the weights from `weights_seed`, for benchmarks.
 
   Raises:
     InputError: an argument is out of range, or there is no such model.
@@ -99,7 +97,9 @@ def load(
     'device': parse_bytes(device_memory),
     'host': parse_bytes(host_memory),
   }
-  source = sources.find_source(model, random_weights=random_weights, seed=seed)
+  source = sources.find_source(
+    model, random_weights=random_weights, seed=weights_seed
+  )
   devices.limit(budgets['device'], budgets['host'])
   session = Session(
     source,
@@ -253,16 +253,26 @@ class LLM:
       encoded.append(ids)
     return encoded
 
-  def prepare(
+  def warm_up(
     self,
     prompts: Sequence[Prompt],
     params: SamplingParams | Sequence[SamplingParams] | None = None,
   ) -> None:
-    """Checks, plans and loads for such prompts, without running them."""
+    """Loads and compiles for such prompts: two tokens of the first block."""
     each = self._params(prompts, params)
-    self._prepare(
-      self.encode(prompts, each), max(p.max_new_tokens for p in each)
-    )
+    ids = self.encode(prompts, each)
+    work = self._prepare(ids, max(p.max_new_tokens for p in each))
+    short = [
+      dataclasses.replace(p, max_new_tokens=min(2, p.max_new_tokens))
+      for p in each
+    ]
+    requests = [
+      Request(n, p, self.config.eos_id, self._decode)
+      for n, p in enumerate(short)
+    ]
+    with self._session.measured():
+      block = next(self._blocks(ids, work))
+      self._session.run(block, requests, work, lambda tokens, ended: None)
 
   def close(self) -> None:
     """Frees the tiers and deletes the run's files."""

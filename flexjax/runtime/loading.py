@@ -79,14 +79,16 @@ class WeightFolder:
     Raises:
       InputError: another process is writing here.
     """
-    with open(self.root / '.lock', 'w') as f:
-      try:
-        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      except OSError:
-        raise InputError(
-          f"another process is converting into '{self.root}'"
-        ) from None
+    directory = os.open(self.root, os.O_RDONLY)
+    try:
+      fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
       yield
+    except BlockingIOError:
+      raise InputError(
+        f"another process is converting into '{self.root}'"
+      ) from None
+    finally:
+      os.close(directory)
 
 
 def identity(source: Any, dtype: str) -> dict[str, str]:

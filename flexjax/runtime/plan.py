@@ -135,7 +135,9 @@ def _in_flight(problem, policy, places, sizes, moving) -> int:
   in_flight += window([moved(('hidden', k)) for k in batches], width)
   if policy.attention == 'device':
     cells = [
-      moved(('cache', j, k)) for j in range(len(problem.layers)) for k in batches
+      moved(('cache', j, k))
+      for j in range(len(problem.layers))
+      for k in batches
     ]
     in_flight += window(cells, width)
   return in_flight
@@ -181,8 +183,10 @@ def _raised(split: Split, tier: str) -> Iterator[Split]:
   """Splits with more in `tier`, out of what lies below; highest first."""
   for percent in range(100, 0, -2):
     if tier == 'device':
-      yield Split(percent, 0, 0 + 100 - percent) if split.disk else Split(
-        percent, 100 - percent, 0
+      yield (
+        Split(percent, 0, 0 + 100 - percent)
+        if split.disk
+        else Split(percent, 100 - percent, 0)
       )
     elif (host := split.disk * percent / 100) > 0:
       yield Split(split.device, split.host + host, split.disk - host)
@@ -201,7 +205,9 @@ def _refusal(plan: Plan, policy: Policy, fixed) -> str:
 def _nearest(plan: Plan, policy: Policy, fixed) -> str:
   """Says the smallest change that fits: splits, then batches, then memory."""
   problem = plan.problem
-  open_policy = dataclasses.replace(policy, weights=None, cache=None, hidden=None)
+  open_policy = dataclasses.replace(
+    policy, weights=None, cache=None, hidden=None
+  )
   if (freed := _fill(problem, open_policy, fixed)).fits:
     flags = [
       f'--{name}={",".join(f"{p:g}" for p in getattr(freed.policy, name))}'
@@ -227,7 +233,11 @@ def _nearest(plan: Plan, policy: Policy, fixed) -> str:
   short = [t for t in TIERS if least.peak[t] > problem.budgets[t]]
   if short == ['host'] and not problem.budgets['disk']:
     return 'a --disk_dir would take what host memory cannot'
-  flag = {'device': 'device_memory', 'host': 'host_memory', 'disk': 'disk space'}
+  flag = {
+    'device': 'device_memory',
+    'host': 'host_memory',
+    'disk': 'disk space',
+  }
   return 'it takes at least ' + ' and '.join(
     f'{format_bytes(least.peak[t])} of {flag[t]}' for t in short
   )

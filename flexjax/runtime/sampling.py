@@ -6,7 +6,7 @@ modes agree wherever a row does not use what the cheaper one leaves out.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,15 +19,17 @@ _NEVER = -1e30
 
 
 class Sampling(NamedTuple):
-  """Parameters of B rows; see `config.SamplingParams`."""
+  """Parameters of B rows, see `config.SamplingParams`; NumPy or JAX."""
 
-  temperature: Array  # [B] float32
-  top_k: Array  # [B] int32
-  top_p: Array  # [B] float32
-  seed: Array  # [B] uint32
+  temperature: Any  # [B] float32
+  top_k: Any  # [B] int32
+  top_p: Any  # [B] float32
+  seed: Any  # [B] uint32
 
 
-def pack(params: Sequence[SamplingParams | None], index: np.ndarray) -> Sampling:
+def pack(
+  params: Sequence[SamplingParams | None], index: np.ndarray
+) -> Sampling:
   """Packs the parameters of the rows; None for a row without a request."""
   rows = [p or SamplingParams() for p in params]
   seeds = [

@@ -4,13 +4,13 @@ It hides tiers, store, engine and schedule from `LLM`, which knows prompts and
 requests only.
 """
 
-import dataclasses
 import os
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,13 @@ from flexjax.tiers.host import HostTier
 from flexjax.typing import Key
 
 OnProgress = Callable[[str, int, int], None]
+_TOTALS = (
+  'prefill_seconds',
+  'decode_seconds',
+  'generated_tokens',
+  'scored_tokens',
+  'first_tokens',
+)
 _SIZE_FUNCTIONS = 6  # compiled anew for a new batch size
 
 
@@ -177,7 +184,8 @@ class Session:
     began = time.perf_counter()
     m, plan, dtype = self.machine, self.plan, jnp.dtype(self.dtype)
     places = {
-      int(key[1]): tier for key, tier in plan.places.items()
+      int(key[1]): tier
+      for key, tier in plan.places.items()
       if key[0] == 'weights'
     }
     tiers: dict[str, Tier] = {
@@ -206,7 +214,13 @@ class Session:
       disk = tiers['disk']
       assert isinstance(disk, DiskTier)
       loading.write_disk(
-        self.source.weights, self._groups, on_disk, dtype, disk, folder, on_group
+        self.source.weights,
+        self._groups,
+        on_disk,
+        dtype,
+        disk,
+        folder,
+        on_group,
       )
       for group in on_disk:
         self.store.places['weights', group] = 'disk'
@@ -235,11 +249,7 @@ class Session:
   def _allocate(self, plan: Plan) -> None:
     """Makes cache and hidden states have the plan's places and shapes."""
     assert self.store is not None
-    wanted = {
-      key: spec
-      for key, spec in self._specs(plan).items()
-      if key[0] != 'hidden' or plan.problem.work.prompt_len
-    }
+    wanted = self._specs(plan)
     for key in list(self.store.places):
       if key[0] != 'weights' and not self._stands(key, wanted.get(key), plan):
         self.store.free(key)
@@ -259,14 +269,14 @@ class Session:
     work, config = plan.problem.work, self.source.config
     dtype = jnp.dtype(self.dtype)
     cache = jax.ShapeDtypeStruct(
-      (2, work.batch_size, config.num_heads, work.cache_len, config.head_size),
+      (work.batch_size, config.num_heads, work.cache_len, config.head_size),
       _cache_dtype(self.dtype, self.policy),
     )
     hidden = jax.ShapeDtypeStruct(
       (work.batch_size, work.prompt_len, config.hidden_size), dtype
     )
     specs: dict[Key, Spec] = {
-      key: {'kv': cache} for key in plan.problem.sizes('cache')
+      key: {'k': cache, 'v': cache} for key in plan.problem.sizes('cache')
     }
     return specs | {key: {'x': hidden} for key in plan.problem.sizes('hidden')}
 
@@ -276,9 +286,7 @@ class Session:
   def measured(self) -> Iterator[None]:
     """Collects the figures of what runs inside."""
     assert self.plan is not None
-    self._totals = dict.fromkeys(
-      ('prefill_seconds', 'decode_seconds'), 0.0
-    ) | dict.fromkeys(('generated_tokens', 'scored_tokens', 'first_tokens'), 0)
+    self._totals: dict[str, Any] = dict.fromkeys(_TOTALS, 0)
     links = dict(self.meter.link_bytes)
     busy, began = self.meter.busy_seconds, time.perf_counter()
     try:
@@ -310,14 +318,15 @@ class Session:
     on_token: Callable[[int, int], None],
   ) -> None:
     """Generates for one block; its requests are finished afterwards."""
-    assert self.plan is not None
-    self._allocate(self.plan)  # an earlier block may have shrunk
+    plan = self.plan
+    assert plan is not None
+    self._allocate(plan)  # an earlier block may have shrunk
     mine = [requests[n] for n in block.index[block.index >= 0]]
     steps = max(r.params.max_new_tokens for r in mine)
     progress = Progress(
       block,
       requests,
-      lambda k, keep: self.engine.resize(k, keep, self.plan.problem.cached),
+      lambda k, keep: self.engine.resize(k, keep, plan.problem.cached),
       self._is_worth,
       on_token,
     )
@@ -331,10 +340,8 @@ class Session:
     self._totals['generated_tokens'] += sum(len(r.ids) for r in mine)
     self._totals['first_tokens'] += len(mine)
 
-  def score(
-    self, block: Block, work: Workload
-  ) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields (k, [B, T]) log-probabilities of each column's next token."""
+  def score(self, block: Block, work: Workload) -> list[tuple[int, np.ndarray]]:
+    """Returns (k, [B, T]) log-probabilities of each column's next token."""
     began = time.perf_counter()
     results: dict[int, jax.Array] = {}
 
@@ -347,13 +354,13 @@ class Session:
 
     batches = [self._batch(block, k, None) for k in range(len(block.ids))]
     self._execute(Collect(), batches, work, 1)
-    for k, values in sorted(jax.device_get(results).items()):
-      yield k, values
+    values = sorted(jax.device_get(results).items())
     self._totals['prefill_seconds'] += time.perf_counter() - began
     real = block.index >= 0
     self._totals['scored_tokens'] += int(
       (block.ids.shape[2] - block.start - 1)[real].sum()
     )
+    return values
 
   def _execute(self, decoding, batches, work: Workload, steps: int) -> None:
     assert self.plan is not None

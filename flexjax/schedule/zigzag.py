@@ -161,4 +161,6 @@ class _Lookahead:
     ordinal = i * self.shape.layers + j
     if kind == 'load_hidden':
       return j > 0 and done == ordinal
-    return j in self.shape.cached and 0 < i and done > ordinal - self.shape.layers
+    return (
+      j in self.shape.cached and i > 0 and done > ordinal - self.shape.layers
+    )

@@ -19,10 +19,10 @@ Spec = Mapping[str, jax.ShapeDtypeStruct]
 
 
 class At(NamedTuple):
-  """Where a partial write goes: from `index` on along `axis`."""
+  """Where a partial write goes: from `begin` on along `axis`."""
 
   axis: int
-  index: int
+  begin: int
 
 
 class Pending(Protocol):
@@ -101,6 +101,7 @@ class Tier(abc.ABC):
     to one token after the prefill.
     """
 
+  @abc.abstractmethod
   def wait(self) -> None:
     """Blocks until every write so far can be relied on."""
 
@@ -109,13 +110,21 @@ class Tier(abc.ABC):
     self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
 
 
-Updater = Callable[[jax.Array, jax.Array, Any], jax.Array]
+Updater = Callable[[Value, Value, jax.Array], dict[str, jax.Array]]
 
 
 def make_updater(axis: int) -> Updater:
-  """Returns a jitted in-place write along `axis`; the target is donated."""
+  """Returns a jitted in-place write along `axis`; the target is donated.
 
-  def update(target: jax.Array, rows: jax.Array, index: jax.Array):
-    return jax.lax.dynamic_update_slice_in_dim(target, rows, index, axis)
+  All arrays of a value go in one call.
+  """
+
+  def update(target: Value, rows: Value, index: jax.Array):
+    return {
+      name: jax.lax.dynamic_update_slice_in_dim(
+        target[name], rows[name], index, axis
+      )
+      for name in target
+    }
 
   return jax.jit(update, donate_argnums=0)

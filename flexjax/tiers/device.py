@@ -4,8 +4,16 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
-from flexjax.tiers.base import At, Pending, Ready, Spec, Tier, Updater, Value
-from flexjax.tiers.base import make_updater
+from flexjax.tiers.base import (
+  At,
+  Pending,
+  Ready,
+  Spec,
+  Tier,
+  Updater,
+  Value,
+  make_updater,
+)
 from flexjax.typing import Key
 
 
@@ -33,18 +41,25 @@ class DeviceTier(Tier):
 
   def write(self, key: Key, value: Value, at: At | None = None) -> None:
     values = self._values[key]
-    moved = jax.device_put(dict(value), self.home)
+    moved = {
+      name: array
+      if getattr(array, 'sharding', None) == self.home
+      else jax.device_put(array, self.home)
+      for name, array in value.items()
+    }
     if at is None:
       values.update(moved)
       return
     update = self._updaters.setdefault(at.axis, make_updater(at.axis))
-    for name, rows in moved.items():
-      if name not in values:
-        # Zeros, because what is masked must still be finite.
-        spec = self.specs[key][name]
-        zeros = np.zeros(spec.shape, spec.dtype)
-        values[name] = jax.device_put(zeros, self.home)
-      values[name] = update(values[name], rows, self._index(at.index))
+    if not values:
+      # Zeros, because what is masked must still be finite.
+      values.update(
+        jax.device_put(
+          {n: np.zeros(s.shape, s.dtype) for n, s in self.specs[key].items()},
+          self.home,
+        )
+      )
+    self._values[key] = update(values, moved, self._index(at.begin))
 
   def borrow(self, nbytes: int) -> None:
     """Counts bytes that are here for a while: what streams through."""

@@ -27,7 +27,7 @@ from flexjax.typing import Key
 _ALIGNMENT = 64  # bytes: what XLA wants of a buffer it uses in place
 _CHUNK_BYTES = 16 * 2**20
 _CACHE_CHUNK_BYTES = 2 * 2**20  # a new row rewrites one chunk
-_ROWS_AXIS = -2  # of a cache [2, B, N, S, H]
+_ROWS_AXIS = -2  # of a cache [B, N, S, H]
 
 
 class DiskTier(Tier):
@@ -143,8 +143,8 @@ class DiskTier(Tier):
         self._shapes[key, name] = rows.shape
       else:
         axis = at.axis % array.ndim
-        end = at.index + rows.shape[axis]
-        part = (*(slice(None),) * axis, slice(at.index, end))
+        end = at.begin + rows.shape[axis]
+        part = (*(slice(None),) * axis, slice(at.begin, end))
       array[part].write(rows).result()
 
 

@@ -1,0 +1,106 @@
+"""Flags that several commands share, and what they make of them."""
+
+from typing import Any
+
+from absl import flags
+
+from flexjax.config import Policy
+from flexjax.runtime.llm import LLM, load
+
+FLAGS = flags.FLAGS
+
+_LOAD = (
+  'model', 'dtype', 'weights', 'cache', 'hidden', 'batch_size', 'num_batches',
+  'schedule', 'prefetch_depth', 'overlap', 'attention', 'device_memory',
+  'host_memory', 'disk_dir', 'random_weights', 'weights_seed',
+)  # fmt: skip
+
+
+def define_model() -> None:
+  """Defines the flags that name a model and its disk tier."""
+  flags.DEFINE_string(
+    'model',
+    None,
+    'Checkpoint directory or hub id; with --random_weights also a preset such '
+    'as opt-1.3b. Default: the small model that ships with flexjax.',
+  )
+  flags.DEFINE_string(
+    'dtype',
+    'auto',
+    "float32, bfloat16, float16 or auto: the checkpoint's on an accelerator, "
+    'on a CPU the fastest that fits.',
+  )
+  flags.DEFINE_string(
+    'disk_dir', None, 'Directory of the disk tier. Default: no disk tier.'
+  )
+  flags.DEFINE_bool(
+    'random_weights', False, 'Draw the weights instead of reading them.'
+  )
+  flags.DEFINE_integer('weights_seed', 0, 'Seed of --random_weights.')
+
+
+def define_policy() -> None:
+  """Defines the flags that say how a block runs."""
+  define_model()
+  for name, what in (
+    ('weights', 'weights'),
+    ('cache', 'KV cache'),
+    ('hidden', 'hidden states'),
+  ):
+    flags.DEFINE_string(
+      name,
+      None,
+      f'Percentages of the {what} on device, host and disk, such as 20,80,0. '
+      'Default: as high up as they fit.',
+    )
+  flags.DEFINE_integer(
+    'batch_size', None, 'Prompts per batch, at most. Default: 16.'
+  )
+  flags.DEFINE_integer(
+    'num_batches',
+    None,
+    'Batches per block, at most. Default: 1 where all weights lie on the '
+    'device, else 4.',
+  )
+  flags.DEFINE_string(
+    'schedule',
+    Policy.schedule,
+    "zigzag (a block's batches share each load of weights) or row (one batch "
+    'after another).',
+  )
+  flags.DEFINE_integer(
+    'prefetch_depth',
+    Policy.prefetch_depth,
+    'How many layers ahead weights are loaded, and how many batches ahead '
+    'cache and hidden states.',
+  )
+  flags.DEFINE_bool(
+    'overlap', Policy.overlap, 'Load and store while computing.'
+  )
+  flags.DEFINE_string(
+    'attention',
+    Policy.attention,
+    'Where decode attention reads the cache: device, or host (on the CPU, '
+    'beside a cache in host memory).',
+  )
+  flags.DEFINE_string(
+    'device_memory',
+    None,
+    "Budget of accelerator memory, such as 16GiB; also XLA's own cap. "
+    'Default: what the device has.',
+  )
+  flags.DEFINE_string(
+    'host_memory',
+    None,
+    'Budget of host memory, such as 100GiB. Default: most of what is free.',
+  )
+
+
+def open_model() -> LLM:
+  """Opens the model that the flags name.
+
+  Raises:
+    InputError: a flag is out of range, or there is no such model.
+  """
+  arguments: dict[str, Any] = {name: FLAGS[name].value for name in _LOAD}
+  return load(**arguments)

@@ -1,0 +1,157 @@
+"""flexjax generate: prompts in, text out.
+
+  flexjax generate --prompt="def add(a, b):"
+  flexjax generate --model=DIR --input=prompts.jsonl --output=out.jsonl
+
+--input takes a prompt per line, or, where the name ends in .jsonl, an object
+per line with `prompt` (text or token ids) and any sampling field. --output
+gets an object per line: index, prompt, text, token_ids, finish_reason.
+"""
+
+import contextlib
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+
+from absl import flags
+
+from flexjax.cli import flags as shared
+from flexjax.cli import report
+from flexjax.config import SamplingParams
+from flexjax.errors import InputError
+
+FLAGS = flags.FLAGS
+_FIELDS = tuple(f.name for f in dataclasses.fields(SamplingParams))
+
+
+def define() -> None:
+  shared.define_policy()
+  report.define()
+  flags.DEFINE_multi_string('prompt', [], 'A prompt; may be given repeatedly.')
+  flags.DEFINE_string('input', None, 'File of prompts: text lines or .jsonl.')
+  flags.DEFINE_string(
+    'output', None, 'File of results, JSONL. Default: standard output.'
+  )
+  default = SamplingParams()
+  flags.DEFINE_integer(
+    'max_new_tokens', default.max_new_tokens, 'Tokens to generate, at most.'
+  )
+  flags.DEFINE_float(
+    'temperature', default.temperature, '0 is greedy; higher is more random.'
+  )
+  flags.DEFINE_integer(
+    'top_k', default.top_k, 'Keep the k likeliest tokens; 0 keeps all.'
+  )
+  flags.DEFINE_float(
+    'top_p', default.top_p, 'Keep the likeliest tokens up to this probability.'
+  )
+  flags.DEFINE_integer(
+    'seed', None, "Seed of every prompt's draws. Default: the prompt's index."
+  )
+  flags.DEFINE_multi_string('stop', [], 'A string that ends the text.')
+  flags.DEFINE_list('stop_token_ids', [], 'Token ids that end the text.')
+  flags.DEFINE_bool('ignore_eos', False, 'Go on past the end-of-text token.')
+  flags.DEFINE_bool(
+    'truncate_prompt', False, 'Cut too long prompts instead of refusing them.'
+  )
+
+
+def run() -> None:
+  prompts, params = _requests()
+  for name in ('output', 'stats'):
+    _check_writable(name, FLAGS[name].value)
+  with shared.open_model() as llm, report.progress(llm):
+    results = llm.stream(prompts, params)
+    _write(results)
+  report.show(llm)
+
+
+def _write(results) -> None:
+  """Writes every result as soon as it is there, in whole lines."""
+  out: TextIO | None = None
+  with contextlib.ExitStack() as stack:
+    for result in results:
+      if out is None:  # not before there is something to write
+        out = sys.stdout
+        if FLAGS.output:
+          out = stack.enter_context(open(FLAGS.output, 'w', encoding='utf-8'))
+      if FLAGS.prompt and not FLAGS.output:
+        line = f'{result.prompt}{result.text}'
+      else:
+        line = json.dumps(dataclasses.asdict(result), ensure_ascii=False)
+      out.write(line + '\n')
+      out.flush()
+
+
+def _requests() -> tuple[list, list[SamplingParams]]:
+  """Reads prompts and their parameters from the flags and the input file."""
+  if bool(FLAGS.prompt) == bool(FLAGS.input):
+    raise InputError('give either --prompt or --input')
+  try:
+    stop_ids = tuple(int(token) for token in FLAGS.stop_token_ids)
+  except ValueError:
+    raise InputError(
+      f'--stop_token_ids takes integers, got {FLAGS.stop_token_ids}'
+    ) from None
+  values = {name: FLAGS[name].value for name in _FIELDS}
+  default = SamplingParams(
+    **values | {'stop': tuple(FLAGS.stop), 'stop_token_ids': stop_ids}
+  )
+  if FLAGS.prompt:
+    return FLAGS.prompt, [default] * len(FLAGS.prompt)
+  path = Path(FLAGS.input)
+  try:
+    lines = path.read_text(encoding='utf-8').splitlines()
+  except (OSError, UnicodeDecodeError) as e:
+    raise InputError(f"--input '{path}' cannot be read: {e}") from None
+  if FLAGS.output and Path(FLAGS.output).resolve() == path.resolve():
+    raise InputError('--output would overwrite --input')
+  numbered = [(n, line) for n, line in enumerate(lines, 1) if line.strip()]
+  if not numbered:
+    raise InputError(f"--input '{path}' holds no prompts")
+  if path.suffix != '.jsonl':
+    return [line for _, line in numbered], [default] * len(numbered)
+  parsed = [_parse(f'{path}:{n}', line, default) for n, line in numbered]
+  return [prompt for prompt, _ in parsed], [params for _, params in parsed]
+
+
+def _parse(
+  where: str, line: str, default: SamplingParams
+) -> tuple[Any, SamplingParams]:
+  """Reads a JSONL line; `where` names it in errors."""
+  try:
+    fields = json.loads(line)
+  except ValueError as e:
+    raise InputError(f'{where}: not JSON: {e}') from None
+  if not isinstance(fields, dict) or 'prompt' not in fields:
+    raise InputError(f"{where}: not an object with a field 'prompt'")
+  prompt = fields.pop('prompt')
+  if not isinstance(prompt, str) and not (
+    isinstance(prompt, list) and all(type(token) is int for token in prompt)
+  ):
+    raise InputError(f"{where}: 'prompt' must be text or a list of token ids")
+  if unknown := sorted(fields.keys() - set(_FIELDS)):
+    raise InputError(
+      f"{where}: unknown field '{unknown[0]}'; there are prompt, "
+      f'{", ".join(_FIELDS)}'
+    )
+  try:
+    return prompt, dataclasses.replace(default, **fields)
+  except InputError as e:
+    raise InputError(f'{where}: {e}') from None
+
+
+def _check_writable(name: str, value: str | None) -> None:
+  if value is None:
+    return
+  path = Path(value)
+  try:
+    new = not path.exists()
+    with open(path, 'a'):
+      pass
+    if new:
+      path.unlink()
+  except OSError as e:
+    raise InputError(f"--{name} '{path}' cannot be written: {e}") from None

@@ -1,0 +1,87 @@
+"""The command line: picks a command, and turns bad input into one line."""
+
+import importlib
+import signal
+import sys
+from collections.abc import Sequence
+
+from absl import flags
+
+from flexjax.errors import InputError
+
+FLAGS = flags.FLAGS
+COMMANDS = {
+  'generate': 'continue prompts',
+  'bench': 'measure a model on random prompts',
+  'convert': 'write the disk tier of a model',
+}
+_USAGE = 2  # exit code of bad input
+_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """Runs `flexjax COMMAND --flags`; exits with 0, 2 or 130."""
+  sys.exit(_main(list(sys.argv if argv is None else argv)))
+
+
+def _main(argv: list[str]) -> int:
+  name = argv[1] if len(argv) > 1 else '--help'
+  if name in ('help', '--help', '-h', '--helpshort'):
+    print(_overview())
+    return 0
+  if name not in COMMANDS:
+    return _refuse(f"no command is called '{name}'; there are {_names()}")
+  command = importlib.import_module(f'flexjax.cli.{name}')
+  command.define()
+  if {'--help', '-h', '--helpshort', '--helpfull'} & set(argv[2:]):
+    print(_help(command))
+    return 0
+  signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
+  try:
+    rest = FLAGS([f'flexjax {name}', *argv[2:]])[1:]
+    if rest:
+      raise InputError(
+        f"'{rest[0]}' is not a flag; flags look like --model=DIR"
+      )
+    command.run()
+  except flags.Error as e:
+    return _refuse(str(e))
+  except InputError as e:
+    return _refuse(str(e))
+  except KeyboardInterrupt:
+    print('flexjax: interrupted; finished results are written', file=sys.stderr)
+    return _INTERRUPTED
+  return 0
+
+
+def _refuse(message: str) -> int:
+  line = ' '.join(message.split())
+  print(f'flexjax: {line}', file=sys.stderr)
+  return _USAGE
+
+
+def _names() -> str:
+  return ', '.join(COMMANDS)
+
+
+def _overview() -> str:
+  lines = [f'  {name:10} {what}' for name, what in COMMANDS.items()]
+  return '\n'.join(
+    [
+      'usage: flexjax COMMAND [--flag=value ...]',
+      '',
+      *lines,
+      '',
+      'flexjax COMMAND --help lists the flags.',
+    ]
+  )
+
+
+def _help(command) -> str:
+  lines = [(command.__doc__ or '').rstrip(), '']
+  own = (m for m in FLAGS.flags_by_module_dict() if m.startswith('flexjax'))
+  for module in own:
+    for flag in FLAGS.flags_by_module_dict()[module]:
+      default = '' if flag.default in (None, []) else f' [{flag.default}]'
+      lines.append(f'  --{flag.name}{default}\n      {flag.help}')
+  return '\n'.join(lines)

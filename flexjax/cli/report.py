@@ -1,0 +1,58 @@
+"""What a run shows: a progress bar and a table on the terminal, JSON."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import rich.console
+import rich.progress
+import rich.table
+from absl import flags
+
+from flexjax.runtime.llm import LLM
+
+FLAGS = flags.FLAGS
+_LABELS = {'load': 'loading weights', 'generate': 'generating tokens'}
+
+
+def define() -> None:
+  flags.DEFINE_string('stats', None, "File for the run's figures, JSON.")
+
+
+@contextmanager
+def progress(llm: LLM) -> Iterator[None]:
+  """Shows a progress bar while the body runs; nothing without a terminal."""
+  console = rich.console.Console(stderr=True)
+  if not console.is_terminal:
+    yield
+    return
+  columns = (
+    *rich.progress.Progress.get_default_columns(),
+    rich.progress.MofNCompleteColumn(),
+  )
+  with rich.progress.Progress(*columns, console=console, transient=True) as bar:
+    tasks: dict[str, rich.progress.TaskID] = {}
+
+    def on_progress(what: str, done: int, total: int) -> None:
+      if what not in tasks:
+        tasks[what] = bar.add_task(_LABELS[what], total=total)
+      bar.update(tasks[what], completed=done, total=total)
+
+    llm.on_progress = on_progress
+    yield
+
+
+def show(llm: LLM) -> None:
+  """Prints the figures of the latest run, and writes --stats."""
+  table = rich.table.Table(show_header=False, box=None, pad_edge=False)
+  for label, value in llm.stats.rows():
+    table.add_row(label, value)
+  rich.console.Console(stderr=True).print(table)
+  if FLAGS.stats:
+    path = Path(FLAGS.stats)
+    new = path.with_name(path.name + '.new')
+    new.write_text(json.dumps(llm.stats.to_json(), indent=2) + '\n')
+    new.replace(path)
+  sys.stderr.flush()
