@@ -1,0 +1,729 @@
+"""The command line: what it writes, and what it refuses and how."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_checkpoint, save_tokenizer
+from safetensors.torch import load_file
+
+HERE = Path(__file__).parent
+ENVIRONMENT = {
+  **os.environ,
+  'JAX_PLATFORMS': 'cpu',
+  'HF_HUB_OFFLINE': '1',
+  'PYTHONWARNINGS': 'ignore',
+}
+STATS = {
+  'prefill_seconds': None,
+  'decode_seconds': None,
+  'generated_tokens': None,
+  'throughput_tokens_per_s': None,
+  'decode_tokens_per_s': None,
+  'peak_bytes': {'device', 'host', 'disk'},
+  'link_bytes': {
+    'disk_to_host',
+    'host_to_device',
+    'device_to_host',
+    'host_to_disk',
+  },
+  'link_busy_fraction': None,
+  'placement': {'weights', 'cache', 'hidden'},
+  'compilations': None,
+  'load_seconds': None,
+}
+FIELDS = ['index', 'prompt', 'text', 'token_ids', 'finish_reason']
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+  """A command that has ended."""
+
+  code: int
+  stdout: str
+  stderr: str
+
+
+@pytest.fixture(scope='session')
+def flexjax(tmp_path_factory):
+  """Returns a function that runs `flexjax ARGUMENTS` in a fork."""
+  folder = tmp_path_factory.mktemp('printed')
+  with subprocess.Popen(
+    [sys.executable, HERE / 'forks.py'],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.DEVNULL,
+    env=ENVIRONMENT,
+    text=True,
+  ) as server:
+
+    def run(*argv, patch='') -> Done:
+      job = {'argv': list(map(str, argv)), 'folder': str(folder)}
+      print(json.dumps(job | {'patch': patch}), file=server.stdin, flush=True)
+      code = int(server.stdout.readline())
+      texts = [(folder / n).read_text() for n in ('stdout', 'stderr')]
+      return Done(code, *texts)
+
+    yield run
+    server.stdin.close()
+
+
+@pytest.fixture(scope='session')
+def models(tmp_path_factory):
+  """A folder with checkpoints `one`, `other` and `shards`."""
+  root = tmp_path_factory.mktemp('models')
+  for seed, name in enumerate(('one', 'other', 'shards')):
+    model = make_checkpoint(root / name, seed=seed)
+    if name == 'shards':
+      (root / name / 'model.safetensors').unlink()
+      model.save_pretrained(root / name, max_shard_size='20KB')
+    save_tokenizer(root / name)
+  return root
+
+
+@pytest.fixture
+def place(models, tmp_path):
+  """A folder with checkpoints and a file of two prompts."""
+  shutil.copytree(models, tmp_path, dirs_exist_ok=True)
+  (tmp_path / 'in.jsonl').write_text('{"prompt": "ab"}\n{"prompt": [5]}\n')
+  return tmp_path
+
+
+def snapshot(folder):
+  return {
+    path.relative_to(folder): path.is_file() and path.read_bytes()
+    for path in folder.rglob('*')
+  }
+
+
+def refuses(done, expected):
+  """Asserts that bad input gave exit code 2 and one clear line."""
+  assert 'Traceback' not in done.stderr, done.stderr
+  assert re.fullmatch(r'flexjax: [^\n]+\n', done.stderr), done.stderr
+  assert re.search(expected, done.stderr), done.stderr
+  assert done.code == 2
+  assert done.stdout == ''
+
+
+def lines(path):
+  text = path.read_text(encoding='utf-8')
+  assert text.endswith('\n')
+  return [json.loads(line) for line in text[:-1].split('\n')]
+
+
+def edit(file, **changes):
+  def change(folder):
+    path = folder / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+  return change
+
+
+def write(file, content):
+  def change(folder):
+    path = folder / file
+    path.parent.mkdir(exist_ok=True)
+    if isinstance(content, bytes):
+      path.write_bytes(content)
+    else:
+      path.write_text(content)
+
+  return change
+
+
+def shard(action):
+  def change(folder):
+    file = sorted((folder / 'shards').glob('*00002*.safetensors'))[0]
+    data = file.read_bytes()
+    file.unlink()
+    if action == 'truncate':
+      file.write_bytes(data[:-10])
+
+  return change
+
+
+def jsonl(*prompts):
+  return write('in.jsonl', ''.join(line + '\n' for line in prompts))
+
+
+SMALL_DISK = """
+import shutil
+whole = shutil.disk_usage('/')
+shutil.disk_usage = lambda path: whole._replace(free=4096)
+"""
+# name: (what is changed, flags, what the line says, patch)
+REFUSED = {
+  'no such model': (None, ['--model={}/none'], r'/none'),
+  'hub id offline': (None, ['--model=nobody/opt-none'], r'nobody/opt-none'),
+  'model is a file': (None, ['--model={}/in.jsonl'], r'in\.jsonl'),
+  'no config': (
+    lambda d: (d / 'one/config.json').unlink(),
+    [],
+    r'config\.json',
+  ),
+  'no weights': (
+    lambda d: (d / 'one/model.safetensors').unlink(),
+    [],
+    r'weights',
+  ),
+  'missing shard': (shard('delete'), ['--model={}/shards'], r'00002-of'),
+  'truncated shard': (shard('truncate'), ['--model={}/shards'], r'00002-of'),
+  'wrong shape': (
+    edit('one/config.json', ffn_dim=48),
+    [],
+    r'fc1.*\b64\b.*\b48\b|fc1.*\b48\b.*\b64\b',
+  ),
+  'wrong number of layers': (
+    edit('one/config.json', num_hidden_layers=3),
+    [],
+    r'layers\.2',
+  ),
+  'unknown config field': (
+    edit('one/config.json', rotary_pct=0.5),
+    [],
+    r'rotary_pct',
+  ),
+  'unsupported value': (
+    edit('one/config.json', activation_function='mish'),
+    [],
+    r'activation_function.*mish',
+  ),
+  'other architecture': (
+    edit('one/config.json', model_type='llama'),
+    [],
+    r'model_type.*llama',
+  ),
+  'config is not JSON': (write('one/config.json', '{'), [], r'config\.json'),
+  'no input file': (None, ['--input={}/none.txt'], r'none\.txt'),
+  'input is a directory': (None, ['--input={}/one'], r'/one'),
+  'empty input': (write('in.jsonl', ''), [], r'in\.jsonl.*no prompts'),
+  'blank input': (
+    write('in.txt', '\n  \n'),
+    ['--input={}/in.txt'],
+    r'in\.txt.*no prompts',
+  ),
+  'input is not UTF-8': (
+    write('in.txt', b'ab\xff\xfe'),
+    ['--input={}/in.txt'],
+    r'in\.txt',
+  ),
+  'malformed line': (
+    jsonl('{"prompt": "a"}', '', '{"prompt": '),
+    [],
+    r'in\.jsonl:3\b|line 3',
+  ),
+  'line nested too deep': (
+    jsonl('{"prompt": "a"}', '[' * 200_000),
+    [],
+    r'in\.jsonl:2\b|line 2',
+  ),
+  'line is no object': (jsonl('"a"'), [], r'in\.jsonl:1\b|line 1'),
+  'line without prompt': (
+    jsonl('{"prompt": "a"}', '{"seed": 1}'),
+    [],
+    r'(in\.jsonl:2\b|line 2).*prompt',
+  ),
+  'unknown field in a line': (
+    jsonl('{"prompt": "a"}', '{"prompt": "a", "temprature": 1}'),
+    [],
+    r'(in\.jsonl:2\b|line 2).*temprature',
+  ),
+  'bad value in a line': (
+    jsonl('{"prompt": "a", "temperature": NaN}'),
+    [],
+    r'(in\.jsonl:1\b|line 1).*temperature',
+  ),
+  'bad type in a line': (
+    jsonl('{"prompt": "a", "max_new_tokens": "3"}'),
+    [],
+    r'(in\.jsonl:1\b|line 1).*max_new_tokens',
+  ),
+  'prompt of no kind': (
+    jsonl('{"prompt": [1.5]}'),
+    [],
+    r'(in\.jsonl:1\b|line 1).*prompt',
+  ),
+  'prompt without ids': (jsonl('{"prompt": []}'), [], r'empty'),
+  'id out of the vocabulary': (jsonl('{"prompt": [120]}'), [], r'120'),
+  'lone surrogate': (jsonl(r'{"prompt": "a\ud800"}'), [], r'surrogate'),
+  'prompt and input': (None, ['--prompt=a'], r'--prompt.*--input'),
+  'prompt too long': (
+    jsonl(json.dumps({'prompt': [5] * 36})),
+    ['--max_new_tokens=5'],
+    r'\b36\b.*\b40\b.*\b35\b',
+  ),
+  'max_new_tokens beyond the context': (
+    None,
+    ['--max_new_tokens=40'],
+    r'max_new_tokens.*40',
+  ),
+  'sum below 100': (None, ['--weights=50,20,20'], r'weights.*100.*\b90\b'),
+  'sum above 100': (None, ['--cache=50,50,20'], r'cache.*100.*\b120\b'),
+  'two percentages': (None, ['--hidden=50,50'], r'hidden.*50,50'),
+  'negative percentage': (None, ['--weights=150,-50,0'], r'weights'),
+  'no number': (None, ['--weights=a,b,c'], r'weights'),
+  'nan': (None, ['--weights=nan,0,100'], r'weights'),
+  'empty disk_dir': (None, ['--weights=0,0,100', '--disk_dir='], r'disk'),
+  'device too small': (
+    None,
+    ['--device_memory=1KiB'],
+    r'device.*1\.00 KiB.*[0-9]',
+  ),
+  'device too small for a split': (
+    None,
+    ['--device_memory=64KiB', '--weights=100,0,0', '--batch_size=1'],
+    r'would fit|at least',
+  ),
+  'host too small': (
+    None,
+    ['--host_memory=1KiB', '--weights=0,100,0'],
+    r'host.*1\.00 KiB.*would fit',
+  ),
+  'size without a meaning': (None, ['--device_memory=lots'], r'lots'),
+  'size of nothing': (None, ['--host_memory=0'], r'positive'),
+  'disk_dir is a file': (
+    None,
+    ['--disk_dir={}/in.jsonl', '--weights=0,0,100'],
+    r'in\.jsonl',
+  ),
+  'disk_dir below a file': (
+    None,
+    ['--disk_dir={}/in.jsonl/x', '--weights=0,0,100'],
+    r'in\.jsonl',
+  ),
+  'unwritable disk_dir': (
+    None,
+    ['--disk_dir=/proc/none', '--weights=0,0,100'],
+    r'disk',
+  ),
+  'disk too small': (
+    None,
+    ['--weights=0,0,100', '--cache=0,0,100'],
+    r'disk.*4\.00 KiB',
+    SMALL_DISK,
+  ),
+  'no such dtype': (None, ['--dtype=int8'], r'int8'),
+  'no such schedule': (None, ['--schedule=spiral'], r'spiral'),
+  'no such attention': (None, ['--attention=cloud'], r'cloud'),
+  'attention apart from its cache': (
+    None,
+    ['--attention=host', '--cache=100,0,0'],
+    r'cache',
+  ),
+  'prefetch_depth 0': (None, ['--prefetch_depth=0'], r'prefetch_depth.*0'),
+  'batch_size 0': (None, ['--batch_size=0'], r'batch_size.*0'),
+  'num_batches 0': (None, ['--num_batches=0'], r'num_batches.*0'),
+  'batch_size is no number': (None, ['--batch_size=x'], r'batch_size'),
+  'temperature below 0': (None, ['--temperature=-1'], r'temperature.*-1'),
+  'top_p 0': (None, ['--top_p=0'], r'top_p'),
+  'seed below 0': (None, ['--seed=-3'], r'seed.*-3'),
+  'stop id is no number': (None, ['--stop_token_ids=a'], r'stop_token_ids'),
+  'empty stop string': (None, ['--stop='], r'stop'),
+  'unknown flag': (None, ['--tempereture=1'], r'tempereture'),
+  'not a flag': (None, ['prompts.txt'], r'prompts\.txt'),
+  'output in no directory': (None, ['--output={}/no/out'], r'/no/out'),
+  'output is a directory': (None, ['--output={}/one'], r'/one'),
+  'output over input': (None, ['--output={}/in.jsonl'], r'overwrite'),
+  'stats in no directory': (None, ['--stats={}/no/stats'], r'/no/stats'),
+}
+
+
+@pytest.mark.parametrize('case', REFUSED.values(), ids=REFUSED)
+def test_refused(flexjax, place, case):
+  change, flags, expected, *patch = case
+  if change is not None:
+    change(place)
+  before = snapshot(place)
+  done = flexjax(
+    'generate',
+    f'--model={place}/one',
+    f'--input={place}/in.jsonl',
+    f'--output={place}/out.jsonl',
+    f'--stats={place}/stats.json',
+    f'--disk_dir={place}/disk',
+    '--dtype=float32',
+    '--max_new_tokens=3',
+    *(flag.replace('{}', str(place)) for flag in flags),
+    patch=''.join(patch),
+  )
+  refuses(done, expected)
+  assert snapshot(place) == before
+
+
+COMMAND_LINES = {
+  'unknown command': (['generat'], r"'generat'.*generate"),
+  'disk split without a disk': (
+    ['generate', '--prompt=a', '--weights=0,0,100'],
+    r'disk',
+  ),
+  'neither prompt nor input': (['generate'], r'--prompt.*--input'),
+  'convert nowhere': (['convert'], r'disk_dir'),
+  'convert what is not there': (
+    ['convert', '--model=/none/at/all', '--disk_dir={}/disk'],
+    r'/none/at/all',
+  ),
+  'convert to a file': (['convert', '--disk_dir={}/file'], r'/file'),
+  'convert with a flag of generate': (
+    ['convert', '--disk_dir={}/disk', '--top_k=3'],
+    r'top_k',
+  ),
+  'bench of no tokens': (['bench', '--gen_len=0'], r'gen_len.*0'),
+  'bench beyond the context': (
+    ['bench', '--model=opt-125m', '--random_weights', '--prompt_len=2040'],
+    r'2048',
+  ),
+  'preset without random weights': (
+    ['bench', '--model=opt-125m'],
+    r'random_weights',
+  ),
+}
+
+
+@pytest.mark.parametrize('case', COMMAND_LINES.values(), ids=COMMAND_LINES)
+def test_command_line_refused(flexjax, tmp_path, case):
+  argv, expected = case
+  (tmp_path / 'file').write_text('')
+  before = snapshot(tmp_path)
+  refuses(flexjax(*(a.replace('{}', str(tmp_path)) for a in argv)), expected)
+  assert snapshot(tmp_path) == before
+
+
+def test_convert_to_too_small_a_disk(flexjax, place):
+  before = snapshot(place)
+  argv = ['convert', f'--model={place}/one', f'--disk_dir={place}/disk']
+  refuses(flexjax(*argv, patch=SMALL_DISK), r'4\.00 KiB')
+  assert snapshot(place) == before
+
+
+def test_disk_tier_of_another_model_or_dtype(flexjax, place):
+  convert = ['convert', f'--disk_dir={place}/disk', '--dtype=float32']
+  done = flexjax(*convert, f'--model={place}/one')
+  assert done.code == 0, done.stderr
+  before = snapshot(place)
+  generate = [
+    'generate',
+    f'--input={place}/in.jsonl',
+    f'--output={place}/out.jsonl',
+    f'--disk_dir={place}/disk',
+    '--weights=0,0,100',
+  ]
+  other = [f'--model={place}/other', '--dtype=float32']
+  refuses(flexjax(*generate, *other), r'/disk.*another model')
+  refuses(flexjax(*convert, f'--model={place}/other'), r'/disk.*another')
+  half = [f'--model={place}/one', '--dtype=bfloat16']
+  refuses(flexjax(*generate, *half), r'/disk.*float32.*bfloat16')
+  manifest = place / 'disk' / 'flexjax.json'
+  text = manifest.read_text()
+  own = [f'--model={place}/one', '--dtype=float32']
+  for damaged in ('', '{', '[]', text.replace('"format": ', '"format": 9')):
+    manifest.write_text(damaged)
+    refuses(flexjax(*generate, *own), r'flexjax\.json|version|format')
+  manifest.write_text(text)
+  assert snapshot(place) == before
+  assert flexjax(*generate, *own).code == 0
+
+
+def test_jsonl_in_and_out(flexjax, place):
+  jsonl(
+    '{"prompt": "ab\\u2028c"}',
+    '{"prompt": [5, 6, 7], "max_new_tokens": 2, "ignore_eos": true}',
+    '',
+    '{"prompt": "a b"}',
+    '{"prompt": [9], "temperature": 1.0, "seed": 7, "stop": ["a", "b"]}',
+  )(place)
+  done = flexjax(
+    'generate',
+    f'--model={place}/one',
+    f'--input={place}/in.jsonl',
+    f'--output={place}/out.jsonl',
+    f'--stats={place}/stats.json',
+    f'--disk_dir={place}/disk',
+    '--dtype=float32',
+    '--weights=30,30,40',
+    '--cache=50,0,50',
+    '--hidden=0,100,0',
+    '--batch_size=2',
+    '--max_new_tokens=4',
+  )
+  assert done.code == 0, done.stderr
+  assert done.stdout == ''
+  out = lines(place / 'out.jsonl')
+  assert all(list(line) == FIELDS for line in out)
+  assert [line['index'] for line in out] == [0, 1, 2, 3]
+  prompts = ['ab\u2028c', [5, 6, 7], 'a b', [9]]
+  assert [line['prompt'] for line in out] == prompts
+  assert len(out[1]['token_ids']) == 2
+  assert all(line['finish_reason'] in ('stop', 'length', 'eos') for line in out)
+  assert all(isinstance(line['text'], str) for line in out)
+  assert not list((place / 'disk').glob('run-*'))
+  stats = json.loads((place / 'stats.json').read_text())
+  assert set(stats) == set(STATS)
+  for name, keys in STATS.items():
+    if keys is not None:
+      assert set(stats[name]) == keys, name
+    else:
+      assert isinstance(stats[name], (int, float)), name
+  for split in stats['placement'].values():
+    assert set(split) == {'device', 'host', 'disk'}
+    assert sum(split.values()) == pytest.approx(1)
+  tokens = sum(len(line['token_ids']) for line in out)
+  assert stats['generated_tokens'] == tokens
+  seconds = stats['prefill_seconds'] + stats['decode_seconds']
+  assert stats['throughput_tokens_per_s'] == pytest.approx(tokens / seconds)
+  assert 0 <= stats['link_busy_fraction'] <= 1
+  assert stats['link_bytes']['disk_to_host'] > 0
+  assert stats['peak_bytes']['disk'] > 0
+  assert 'throughput' in done.stderr
+  assert '\x1b' not in done.stderr  # no terminal, no colours and no bar
+
+
+def test_only_newlines_end_a_line(flexjax, place):
+  """JSON may hold U+2028 and the like as they are; this output does."""
+  prompts = ['a\u2028b', 'c\x85d', 'e\u2029', 'f']
+  jsonl(*[json.dumps({'prompt': p}, ensure_ascii=False) for p in prompts])(
+    place
+  )
+  argv = [f'--model={place}/one', '--dtype=float32', '--max_new_tokens=2']
+  out = place / 'out.jsonl'
+  argv += [f'--output={out}']
+  for name in ('in.jsonl', 'out.jsonl'):
+    file = place / f'read-{name}'
+    fields = [{'prompt': line['prompt']} for line in lines(place / name)]
+    text = [json.dumps(f, ensure_ascii=False) + '\n' for f in fields]
+    file.write_text(''.join(text), encoding='utf-8')
+    done = flexjax('generate', f'--input={file}', *argv)
+    assert done.code == 0, done.stderr
+    assert [line['prompt'] for line in lines(out)] == prompts
+  (place / 'in.txt').write_text('\r\n'.join(prompts), encoding='utf-8')
+  done = flexjax('generate', f'--input={place}/in.txt', *argv)
+  assert done.code == 0, done.stderr
+  assert [line['prompt'] for line in lines(out)] == prompts
+
+
+def test_text_in(flexjax, place):
+  (place / 'in.txt').write_text('ab\n\ncd \nabc\n')
+  shared = [f'--model={place}/one', '--dtype=float32', '--max_new_tokens=3']
+  done = flexjax('generate', f'--input={place}/in.txt', *shared)
+  assert done.code == 0, done.stderr
+  out = [json.loads(line) for line in done.stdout.splitlines()]
+  assert [line['prompt'] for line in out] == ['ab', 'cd ', 'abc']
+  assert all(list(line) == FIELDS for line in out)
+  done = flexjax('generate', '--prompt=ab', '--prompt=cd ', *shared)
+  assert done.code == 0, done.stderr
+  expected = [line['prompt'] + line['text'] for line in out[:2]]
+  assert done.stdout == ''.join(line + '\n' for line in expected)
+
+
+def test_bundled_model(flexjax):
+  done = flexjax('generate', '--prompt=import ', '--max_new_tokens=4')
+  assert done.code == 0, done.stderr
+  assert done.stdout.startswith('import ')
+
+
+BENCHED = {
+  'checkpoint': ['--model={}/one'],
+  'random weights': ['--model={}/one', '--random_weights', '--weights_seed=3'],
+  'bundled, random weights': ['--random_weights'],
+}
+
+
+@pytest.mark.parametrize('argv', BENCHED.values(), ids=BENCHED)
+def test_bench(flexjax, place, argv):
+  stats = place / 'stats.json'
+  argv = [a.replace('{}', str(place)) for a in argv]
+  argv += ['--prompt_len=5', '--gen_len=3', '--num_prompts=3']
+  done = flexjax('bench', *argv, f'--stats={stats}')
+  assert done.code == 0, done.stderr
+  figures = json.loads(stats.read_text())
+  assert figures['generated_tokens'] == 9
+  assert figures['decode_tokens_per_s'] > 0
+  assert 'throughput' in done.stderr
+
+
+@pytest.mark.parametrize(
+  'argv',
+  [[], ['help'], ['--help'], ['generate', '--help'], ['convert', '--help']],
+  ids=' '.join,
+)
+def test_help(flexjax, argv):
+  done = flexjax(*argv)
+  assert (done.code, done.stderr) == (0, '')
+  assert '--' in done.stdout
+
+
+def start(*argv, **kwargs):
+  command = [sys.executable, '-m', 'flexjax', *map(str, argv)]
+  return subprocess.Popen(
+    command,
+    env=ENVIRONMENT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    **kwargs,
+  )
+
+
+def wait_for(process, condition):
+  """Returns once the condition holds; fails where the process ends first."""
+  until = time.monotonic() + 60
+  while not condition():
+    assert process.poll() is None, process.communicate()[1]
+    assert time.monotonic() < until
+    time.sleep(0.005)
+
+
+def test_interrupted_run_keeps_what_is_finished(place):
+  count = 2000
+  jsonl(*[json.dumps({'prompt': [5 + n % 90, 7]}) for n in range(count)])(place)
+  out = place / 'out.jsonl'
+  with start(
+    'generate',
+    f'--model={place}/one',
+    f'--input={place}/in.jsonl',
+    f'--output={out}',
+    f'--stats={place}/stats.json',
+    f'--disk_dir={place}/disk',
+    '--dtype=float32',
+    '--weights=0,50,50',
+    '--cache=0,50,50',
+    '--batch_size=2',
+    '--num_batches=2',
+    '--max_new_tokens=20',
+    '--ignore_eos',
+  ) as process:
+    wait_for(process, lambda: out.exists() and out.read_text().count('\n') > 8)
+    assert list((place / 'disk').glob('run-*'))
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+  assert process.returncode == 130, stderr
+  assert stdout == ''
+  assert re.fullmatch(r'flexjax: [^\n]+\n', stderr)
+  results = lines(out)
+  assert 8 < len(results) < count
+  assert [r['index'] for r in results] == list(range(len(results)))
+  assert all(len(r['token_ids']) == 20 for r in results)
+  assert not list((place / 'disk').glob('run-*'))
+  names = {p.name for p in place.iterdir()}
+  assert names == {'one', 'other', 'shards', 'in.jsonl', 'out.jsonl', 'disk'}
+
+
+def weights_in(disk):
+  """Everything that a disk tier holds, without times and lists of files."""
+  return {
+    path.relative_to(disk): path.read_bytes()
+    for path in disk.rglob('*')
+    if path.is_file()
+  }
+
+
+def test_killed_conversion(flexjax, tmp_path):
+  """It is recognised, resumed, and never taken for complete."""
+  model = tmp_path / 'model'
+  make_checkpoint(model, num_hidden_layers=16, hidden_size=64, ffn_dim=256)
+  save_tokenizer(model)
+  whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+  argv = ['convert', f'--model={model}', '--dtype=float32', '--disk_dir={}']
+
+  def command(disk):
+    return [a.replace('{}', str(disk)) for a in argv]
+
+  done = flexjax(*command(whole))
+  assert done.code == 0, done.stderr
+  manifest = killed / 'flexjax.json'
+  total = len(json.loads((whole / 'flexjax.json').read_text())['complete'])
+  with start(*command(killed)) as process:
+    wait_for(process, manifest.exists)
+    process.kill()
+  held = json.loads(manifest.read_text())['complete']
+  assert 0 < len(held) < total
+  # What is listed is whole; what is not may be anything.
+  for group in held:
+    for path in (whole / f'weights.{group}').rglob('*'):
+      if path.is_file():
+        twin = killed / path.relative_to(whole)
+        assert twin.read_bytes() == path.read_bytes()
+  torn = killed / f'weights.{max(set(range(total)) - set(held))}'
+  shutil.rmtree(torn, ignore_errors=True)
+  shutil.copytree(whole / torn.name, torn)
+  for path in torn.glob('*/c/**/*'):
+    if path.is_file():
+      path.write_bytes(bytes(path.stat().st_size))
+  # A run completes the folder by itself, and so does convert.
+  again = tmp_path / 'again'
+  shutil.copytree(killed, again)
+  prompts = tmp_path / 'in.jsonl'
+  prompts.write_text('{"prompt": [5, 6, 7, 8], "ignore_eos": true}\n')
+  generate = [
+    'generate',
+    f'--model={model}',
+    f'--input={prompts}',
+    '--dtype=float32',
+    '--max_new_tokens=4',
+  ]
+  texts = [
+    flexjax(*generate, f'--disk_dir={disk}', '--weights=0,0,100').stdout
+    for disk in (whole, again)
+  ]
+  texts.append(flexjax(*generate).stdout)
+  assert json.loads(texts[0])['token_ids']
+  assert texts[0] == texts[1] == texts[2]
+  done = flexjax(*command(killed))
+  assert done.code == 0, done.stderr
+  assert weights_in(killed) == weights_in(whole)
+  assert weights_in(again) == weights_in(whole)
+  times = {p: p.stat().st_mtime_ns for p in killed.rglob('*') if p.is_file()}
+  assert flexjax(*command(killed)).code == 0
+  assert times == {
+    p: p.stat().st_mtime_ns for p in killed.rglob('*') if p.is_file()
+  }
+
+
+def test_lost_chunk_is_not_read_as_zeros(flexjax, place):
+  argv = [f'--model={place}/one', f'--disk_dir={place}/disk', '--dtype=float32']
+  assert flexjax('convert', *argv).code == 0
+  chunks = sorted((place / 'disk').glob('weights.2/*/c/**/*'))
+  next(p for p in chunks if p.is_file()).unlink()
+  out = place / 'out.jsonl'
+  done = flexjax(
+    'generate',
+    f'--input={place}/in.jsonl',
+    f'--output={out}',
+    '--weights=0,0,100',
+    *argv,
+  )
+  refuses(done, r'disk')
+  assert not out.exists()
+  assert not list((place / 'disk').glob('run-*'))
+
+
+def test_pickled_code_is_not_run(flexjax, place):
+  """A .bin checkpoint is read, one that would run code is refused."""
+  state = load_file(place / 'one' / 'model.safetensors')
+  (place / 'one' / 'model.safetensors').unlink()
+  file = place / 'one' / 'pytorch_model.bin'
+  torch.save(state, file)
+  argv = ['generate', f'--model={place}/one', f'--input={place}/in.jsonl']
+  argv += ['--dtype=float32', '--max_new_tokens=2']
+  done = flexjax(*argv)
+  assert done.code == 0, done.stderr
+  mark = place / 'ran'
+  torch.save({**state, 'x': _Evil(mark)}, file)
+  refuses(flexjax(*argv), r'pytorch_model\.bin')
+  assert not mark.exists()
+
+
+class _Evil:
+  def __init__(self, mark):
+    self.mark = mark
+
+  def __reduce__(self):
+    return os.mkdir, (str(self.mark),)
