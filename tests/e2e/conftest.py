@@ -4,6 +4,7 @@ import dataclasses
 import json
 import string
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -99,6 +100,22 @@ class Checkpoint:
   prompts: list[list[int]]
   logprobs: list[np.ndarray]
   tokens: list[list[int]]
+
+
+@pytest.fixture(scope='session', autouse=True)
+def _compile_once(tmp_path_factory):
+  """Lets models of one shape share what XLA has compiled."""
+  options = {
+    'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('compiled')),
+    'jax_persistent_cache_min_compile_time_secs': 0,
+    'jax_persistent_cache_min_entry_size_bytes': -1,
+  }
+  before = {name: getattr(jax.config, name) for name in options}
+  for name, value in options.items():
+    jax.config.update(name, value)
+  yield
+  for name, value in before.items():
+    jax.config.update(name, value)
 
 
 @pytest.fixture(scope='session')
