@@ -15,6 +15,9 @@ TIERS = ('device', 'host', 'disk')
 def spread(sizes: Mapping[Key, int], split: Split) -> dict[Key, str]:
   """Assigns every key the tier that lags furthest behind its share.
 
+  The largest key, where there is one (the token table), goes to the highest
+  tier whose share holds it: streamed, it would need a buffer of its own size.
+
   Args:
     sizes: bytes of every key, in the order in which they are used.
     split: percentages asked for.
@@ -23,17 +26,34 @@ def spread(sizes: Mapping[Key, int], split: Split) -> dict[Key, str]:
     A tier for every key. Between two tiers the achieved fraction is within
     half of the largest key of the asked one, between three within two thirds.
   """
-  shares = dict(zip(TIERS, (part / 100 for part in split), strict=True))
+  whole = sum(sizes.values())
+  share = dict(zip(TIERS, (whole * p / 100 for p in split), strict=True))
+  # A tier that was not asked for gets nothing, whatever the rounding.
+  asked = [tier for tier in TIERS if share[tier]]
+  places: dict[Key, str] = {}
+  if (large := _single_largest(sizes)) is not None:
+    fits = [tier for tier in asked if share[tier] >= sizes[large]]
+    if fits:
+      places[large] = fits[0]
+      share[fits[0]] -= sizes[large]
+      whole -= sizes[large]
   lag = dict.fromkeys(TIERS, 0.0)
-  places = {}
   for key, size in sizes.items():
-    for tier, share in shares.items():
-      lag[tier] += share * size
-    # A tier that was not asked for gets nothing, whatever the rounding.
-    best = max((t for t in TIERS if shares[t]), key=lambda t: lag[t])
+    if key in places:
+      continue
+    for tier in asked:
+      lag[tier] += share[tier] / whole * size
+    best = max(asked, key=lambda tier: lag[tier])
     lag[best] -= size
     places[key] = best
   return places
+
+
+def _single_largest(sizes: Mapping[Key, int]) -> Key | None:
+  ranked = sorted(sizes, key=lambda key: -sizes[key])
+  if len(ranked) < 2 or sizes[ranked[0]] == sizes[ranked[1]]:
+    return None
+  return ranked[0]
 
 
 def total(

@@ -80,6 +80,12 @@ def machine() -> Machine:
   )
 
 
+def allocator_peak(machine: Machine) -> int | None:
+  """Returns the most bytes the device's allocator has handed out, if known."""
+  stats = next(iter(machine.device.device_set)).memory_stats() or {}
+  return stats.get('peak_bytes_in_use')
+
+
 def free_disk(path: Path) -> int:
   """Returns the free bytes of the file system that will hold `path`."""
   while not path.exists():

@@ -14,7 +14,9 @@ from flexjax.policy import cost
 from flexjax.policy.placement import TIERS, achieved, spread, total, window
 from flexjax.typing import Key
 
-CLASSES = ('weights', 'hidden', 'cache')
+# In order of claim to the fastest memory: a cache is written as well as read.
+CLASSES = ('hidden', 'cache', 'weights')
+_PASSES = ('device', 'host') * 2  # what left the disk frees its buffers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,7 +169,7 @@ def _fill(problem, policy, fixed) -> Plan:
   given = {name: getattr(policy, name) for name in CLASSES}
   splits = {name: split or bottom for name, split in given.items()}
   plan = evaluate(problem, dataclasses.replace(policy, **splits), fixed)
-  for tier in ('device', 'host') if disk else ('device',):
+  for tier in _PASSES:
     for name in CLASSES:
       if given[name] is not None:
         continue
@@ -182,14 +184,13 @@ def _fill(problem, policy, fixed) -> Plan:
 def _raised(split: Split, tier: str) -> Iterator[Split]:
   """Splits with more in `tier`, out of what lies below; highest first."""
   for percent in range(100, 0, -2):
-    if tier == 'device':
-      yield (
-        Split(percent, 0, 0 + 100 - percent)
-        if split.disk
-        else Split(percent, 100 - percent, 0)
-      )
-    elif (host := split.disk * percent / 100) > 0:
-      yield Split(split.device, split.host + host, split.disk - host)
+    below = 100.0 - percent
+    if tier == 'device' and percent > split.device:
+      host = min(split.host, below)
+      yield Split(percent, host, below - host)
+    elif tier == 'host' and split.disk:
+      disk = split.disk * below / 100
+      yield Split(split.device, 100 - split.device - disk, disk)
 
 
 def _refusal(plan: Plan, policy: Policy, fixed) -> str:

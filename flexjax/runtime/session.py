@@ -305,6 +305,7 @@ class Session:
         placement=self.plan.placement,
         compilations=self.compute.traces,
         load_seconds=self.load_seconds,
+        allocator_peak_bytes=devices.allocator_peak(self.machine),
       )
 
   def stats(self) -> Stats:

@@ -22,6 +22,9 @@ class Stats:
     compilations: functions compiled since the model was opened.
     load_seconds: time to fill the tiers with weights.
     scored_tokens: log-probabilities handed out.
+    allocator_peak_bytes: what the device's own allocator says it held at most
+      since the process began; None where it does not say.
+    first_tokens: requests that got a token: what the prefill generated.
   """
 
   prefill_seconds: float = 0.0
@@ -37,6 +40,7 @@ class Stats:
   compilations: int = 0
   load_seconds: float = 0.0
   first_tokens: int = 0
+  allocator_peak_bytes: int | None = None
 
   @property
   def throughput_tokens_per_s(self) -> float:
