@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import SingleDeviceSharding
@@ -82,8 +83,8 @@ def machine() -> Machine:
 
 def allocator_peak(machine: Machine) -> int | None:
   """Returns the most bytes the device's allocator has handed out, if known."""
-  stats = next(iter(machine.device.device_set)).memory_stats() or {}
-  return stats.get('peak_bytes_in_use')
+  device: Any = next(iter(machine.device.device_set))
+  return (device.memory_stats() or {}).get('peak_bytes_in_use')
 
 
 def free_disk(path: Path) -> int:
