@@ -199,7 +199,7 @@ class Session:
       tiers['disk'] = DiskTier(self.disk_dir, m.pinned, m.device)
     attended = None
     if self.policy.attention == 'host':
-      attended = HostTier(m.cpu, m.cpu)
+      attended = HostTier(m.cpu, m.cpu, None if m.unified else m.pinned)
     self.meter = Meter()
     self.store = Store(tiers, attended, self.meter)
     self._closer = weakref.finalize(self, _close, tiers, self.meter)

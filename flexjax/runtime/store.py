@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import jax
 
 from flexjax.runtime.meter import Meter
-from flexjax.tiers.base import At, Pending, Spec, Tier, Value, spec_bytes
+from flexjax.tiers.base import At, Pending, Spec, Tier, Value
 from flexjax.tiers.device import DeviceTier
 from flexjax.typing import Key
 
@@ -60,7 +60,9 @@ class Store:
     if tier is self.attended:
       return pending
     place = self.places[key]
-    nbytes = spec_bytes(tier.specs[key])
+    if place == 'device':
+      return pending
+    nbytes = tier.sizes[key]
     self.meter.crossed(*_UP[place], nbytes=nbytes)
     if not getattr(tier, 'moves', False):
       return pending
@@ -72,8 +74,9 @@ class Store:
   def put(self, key: Key, value: Value, at: At | None = None) -> None:
     """Stores a value, or rows of it, where the key lives."""
     self._tier(key).write(key, value, at)
-    nbytes = sum(v.nbytes for v in value.values())
-    self.meter.crossed(*_DOWN[self.places[key]], nbytes=nbytes)
+    if links := _DOWN[self.places[key]]:
+      nbytes = sum(v.nbytes for v in value.values())
+      self.meter.crossed(*links, nbytes=nbytes)
 
   @property
   def device(self) -> DeviceTier:

@@ -66,12 +66,14 @@ class Tier(abc.ABC):
   """One memory: keyed values, and an exact count of their bytes.
 
   Attributes:
+    specs, sizes: shapes and dtypes, and bytes, of every key.
     nbytes: bytes allocated now.
     peak_nbytes: the most there have ever been.
   """
 
   def __init__(self) -> None:
     self.specs: dict[Key, Spec] = {}
+    self.sizes: dict[Key, int] = {}
     self.nbytes = 0
     self.peak_nbytes = 0
 
@@ -79,11 +81,13 @@ class Tier(abc.ABC):
     """Reserves room for `key`; a partial write may follow at once."""
     assert key not in self.specs, f'{key} is already allocated'
     self.specs[key] = dict(spec)
-    self._count(spec_bytes(spec))
+    self.sizes[key] = spec_bytes(spec)
+    self._count(self.sizes[key])
 
   def free(self, key: Key) -> None:
     """Forgets `key` and gives its room back."""
-    self._count(-spec_bytes(self.specs.pop(key)))
+    del self.specs[key]
+    self._count(-self.sizes.pop(key))
 
   @abc.abstractmethod
   def read(self, key: Key, rows: int | None = None) -> Pending:

@@ -41,16 +41,13 @@ class DeviceTier(Tier):
 
   def write(self, key: Key, value: Value, at: At | None = None) -> None:
     values = self._values[key]
-    moved = {
-      name: array
-      if getattr(array, 'sharding', None) == self.home
-      else jax.device_put(array, self.home)
-      for name, array in value.items()
-    }
+    moved = self._moved(value)
     if at is None:
       values.update(moved)
       return
-    update = self._updaters.setdefault(at.axis, make_updater(at.axis))
+    update = self._updaters.get(at.axis)
+    if update is None:
+      update = self._updaters[at.axis] = make_updater(at.axis)
     if not values:
       # Zeros, because what is masked must still be finite.
       values.update(
@@ -60,6 +57,12 @@ class DeviceTier(Tier):
         )
       )
     self._values[key] = update(values, moved, self._index(at.begin))
+
+  def _moved(self, value: Value) -> dict[str, jax.Array]:
+    """Brings a value home; one that is there already costs no call."""
+    if all(getattr(v, 'sharding', None) == self.home for v in value.values()):
+      return dict(value)
+    return jax.device_put(dict(value), self.home)
 
   def borrow(self, nbytes: int) -> None:
     """Counts bytes that are here for a while: what streams through."""
