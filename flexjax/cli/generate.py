@@ -103,7 +103,8 @@ def _requests() -> tuple[list, list[SamplingParams]]:
     return FLAGS.prompt, [default] * len(FLAGS.prompt)
   path = Path(FLAGS.input)
   try:
-    lines = path.read_text(encoding='utf-8').splitlines()
+    # Not splitlines: JSON strings may hold what Unicode calls a line's end.
+    lines = path.read_text(encoding='utf-8').split('\n')
   except (OSError, UnicodeDecodeError) as e:
     raise InputError(f"--input '{path}' cannot be read: {e}") from None
   if FLAGS.output and Path(FLAGS.output).resolve() == path.resolve():
@@ -112,7 +113,9 @@ def _requests() -> tuple[list, list[SamplingParams]]:
   if not numbered:
     raise InputError(f"--input '{path}' holds no prompts")
   if path.suffix != '.jsonl':
-    return [line for _, line in numbered], [default] * len(numbered)
+    return [line.rstrip('\r') for _, line in numbered], [default] * len(
+      numbered
+    )
   parsed = [_parse(f'{path}:{n}', line, default) for n, line in numbered]
   return [prompt for prompt, _ in parsed], [params for _, params in parsed]
 
@@ -123,7 +126,7 @@ def _parse(
   """Reads a JSONL line; `where` names it in errors."""
   try:
     fields = json.loads(line)
-  except ValueError as e:
+  except (ValueError, RecursionError) as e:
     raise InputError(f'{where}: not JSON: {e}') from None
   if not isinstance(fields, dict) or 'prompt' not in fields:
     raise InputError(f"{where}: not an object with a field 'prompt'")

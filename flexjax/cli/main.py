@@ -46,7 +46,7 @@ def _main(argv: list[str]) -> int:
     command.run()
   except flags.Error as e:
     return _refuse(str(e))
-  except InputError as e:
+  except (InputError, OSError) as e:
     return _refuse(str(e))
   except KeyboardInterrupt:
     print('flexjax: interrupted; finished results are written', file=sys.stderr)

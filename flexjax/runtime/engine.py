@@ -101,8 +101,10 @@ class Engine:
     finally:
       self._drop_all()
 
-  def resize(self, k: int, keep: np.ndarray, cached: Iterable[int]) -> None:
-    """Keeps only rows `keep` of batch k: its state and its caches."""
+  def resize(
+    self, i: int, k: int, keep: np.ndarray, cached: Iterable[int]
+  ) -> None:
+    """Keeps only rows `keep` of batch k, before its token i is computed."""
     rows = jax.device_put(keep.astype(np.int32), self.device)
     batch, take = self.batches[k], self.compute.take
     for name in ('tokens', 'start'):
@@ -113,15 +115,15 @@ class Engine:
     batch.sampling = Sampling(*(take(x, rows, axis=0) for x in batch.sampling))
     for j in cached:
       self._skip(0, j, k)
-      self._shrink(('cache', j, k), rows)
+      self._shrink(('cache', j, k), rows, self.prompt_len + i - 1)
 
-  def _shrink(self, key, rows: Array) -> None:
+  def _shrink(self, key, rows: Array, filled: int) -> None:
     place = self.store.places[key]
     spec = {
       name: jax.ShapeDtypeStruct((len(rows), *s.shape[1:]), s.dtype)
       for name, s in self.store.spec(key).items()
     }
-    pending = self.store.fetch(key)
+    pending = self.store.fetch(key, filled)
     value = pending.result()
     where = next(iter(value.values())).sharding
     index = jax.device_put(rows, where)

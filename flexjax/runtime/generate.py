@@ -68,7 +68,7 @@ class Request:
     if token in p.stop_token_ids:
       self.reason, self.text = 'stop', self.decode(self.ids[:-1])
     elif token == self.eos_id and not p.ignore_eos:
-      self.reason = 'eos'
+      self.reason, self.text = 'eos', self.decode(self.ids[:-1])
     elif p.stop and self._found():
       self.reason = 'stop'
     elif len(self.ids) >= p.max_new_tokens:
@@ -94,7 +94,8 @@ class Progress:
   Args:
     block: the padded prompts.
     requests: by index, those of the block at least.
-    resize: called as resize(k, rows) when a batch shrinks to `rows`.
+    resize: called as resize(i, k, rows) when batch k shrinks to `rows` before
+      its token i.
     worth: asked as worth(k, size, steps) whether shrinking batch k to `size`
       pays when up to `steps` tokens are left.
     on_token: told how many requests of the block got a token, and ended.
@@ -107,7 +108,7 @@ class Progress:
     self,
     block: Block,
     requests: Sequence[Request],
-    resize: Callable[[int, np.ndarray], None],
+    resize: Callable[[int, int, np.ndarray], None],
     worth: Callable[[int, int, int], bool] = lambda k, size, steps: True,
     on_token: Callable[[int, int], None] = lambda tokens, ended: None,
   ):
@@ -131,7 +132,7 @@ class Progress:
       self._settle(k)
     live = [r for r in self._live(k) if i < r.params.max_new_tokens]
     if now and i > 0 and 0 < 2 * len(live) <= len(self.rows[k]):
-      self._shrink(k, live)
+      self._shrink(i, k, live)
     return bool(live)
 
   def _live(self, k: int) -> list[Request]:
@@ -165,7 +166,7 @@ class Progress:
     self._new[k] = []
     self.decode_seconds += self._lap()
 
-  def _shrink(self, k: int, live: Sequence[Request]) -> None:
+  def _shrink(self, i: int, k: int, live: Sequence[Request]) -> None:
     """Keeps the live rows, in a batch of half the size, a quarter, ..."""
     self._settle(k)
     size = len(self.rows[k])
@@ -177,7 +178,7 @@ class Progress:
     keep = [self.rows[k].index(r) for r in live]
     spare = size - len(live)
     self.rows[k] = [*live, *[None] * spare]
-    self.resize(k, np.array(keep + keep[:1] * spare, np.int32))
+    self.resize(i, k, np.array(keep + keep[:1] * spare, np.int32))
 
   def _lap(self) -> float:
     before, self._stamp = self._stamp, time.perf_counter()

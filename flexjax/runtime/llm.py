@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from flexjax.config import Policy, SamplingParams, Split, Workload, parse_bytes
 from flexjax.data.blocks import blocks
 from flexjax.errors import InputError
@@ -106,7 +108,7 @@ def load(
     policy,
     dtype=dtype,
     budgets=budgets,
-    disk_dir=None if disk_dir is None else Path(disk_dir),
+    disk_dir=Path(disk_dir) if disk_dir else None,
   )
   return LLM(session, batch_size, num_batches)
 
@@ -203,6 +205,7 @@ class LLM:
     Raises:
       InputError: a text is not valid or longer than the context.
     """
+    _refuse_string(texts)
     each = [SamplingParams(max_new_tokens=1)] * len(texts)
     ids = self.encode(texts, each, room=0)
     work = self._prepare(ids, 0)
@@ -285,8 +288,7 @@ class LLM:
     self.close()
 
   def _params(self, prompts, params) -> list[SamplingParams]:
-    if isinstance(prompts, str):
-      raise InputError('prompts must be a list of prompts, not one string')
+    _refuse_string(prompts)
     if params is None or isinstance(params, SamplingParams):
       return [params or SamplingParams()] * len(prompts)
     if len(params) != len(prompts):
@@ -303,8 +305,12 @@ class LLM:
           'tokenizer: give lists of token ids'
         )
       ids = self.tokenizer.encode(prompt)
-    else:
+    elif isinstance(prompt, Sequence | np.ndarray) and all(
+      isinstance(token, int | np.integer) for token in prompt
+    ):
       ids = [int(token) for token in prompt]
+    else:
+      raise InputError(f'prompt {n} must be text or a list of token ids')
     if not ids:
       raise InputError(f'prompt {n} is empty')
     size = self.config.vocab_size
@@ -341,3 +347,8 @@ class LLM:
       prompt_len=work.prompt_len,
       pad_id=self.config.pad_id,
     )
+
+
+def _refuse_string(prompts: Sequence[Prompt]) -> None:
+  if isinstance(prompts, str):
+    raise InputError('prompts must be a list of prompts, not one string')

@@ -327,7 +327,7 @@ class Session:
     progress = Progress(
       block,
       requests,
-      lambda k, keep: self.engine.resize(k, keep, plan.problem.cached),
+      lambda i, k, keep: self.engine.resize(i, k, keep, plan.problem.cached),
       self._is_worth,
       on_token,
     )

@@ -26,7 +26,7 @@ BUNDLED = Path(flexjax.models.__file__).parent / 'tiny_opt'
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """A model that can be loaded; `tokenizer` is None for a bare preset."""
+  """A model that can be loaded; `tokenizer` is None where it has none."""
 
   name: str
   config: ModelConfig
@@ -64,9 +64,12 @@ def find_source(
           f'{e}; for benchmarks the preset {preset} runs with --random_weights'
         ) from None
       raise
-  tokenizer = Tokenizer.open(path)
+  named = ('tokenizer.json', 'vocab.json', 'merges.txt')
+  tokenizer = None  # then prompts are token ids
+  if any((path / name).exists() for name in named):
+    tokenizer = Tokenizer.open(path)
   if random_weights:
-    config = read_config(path)
+    config = read_config(path / 'config.json')
     return Source(name, config, RandomWeights(config, seed), tokenizer)
   checkpoint = Checkpoint.open(path)
   return Source(name, checkpoint.config, checkpoint, tokenizer)

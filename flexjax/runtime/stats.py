@@ -58,6 +58,9 @@ class Stats:
     """Returns a dict of plain numbers, keyed as the attributes are named."""
     fields = dataclasses.asdict(self)
     del fields['first_tokens']
+    for name in ('scored_tokens', 'allocator_peak_bytes'):
+      if not fields[name]:  # not a run of that kind, or unknown here
+        del fields[name]
     for name in ('throughput_tokens_per_s', 'decode_tokens_per_s'):
       fields[name] = getattr(self, name)
     return fields

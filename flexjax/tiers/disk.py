@@ -8,6 +8,7 @@ waits for its result.
 """
 
 import os
+import re
 import shutil
 import threading
 import uuid
@@ -27,6 +28,7 @@ from flexjax.typing import Key
 _ALIGNMENT = 64  # bytes: what XLA wants of a buffer it uses in place
 _CHUNK_BYTES = 16 * 2**20
 _CACHE_CHUNK_BYTES = 2 * 2**20  # a new row rewrites one chunk
+_SCRATCH = re.compile(r'run-([0-9]+)-[0-9a-f]{8}')
 _ROWS_AXIS = -2  # of a cache [B, N, S, H]
 
 
@@ -60,8 +62,9 @@ class DiskTier(Tier):
     )
     try:
       root.mkdir(parents=True, exist_ok=True)
-      for old in root.glob('run-*-*'):
-        if not _is_running(int(old.name.split('-')[1])):
+      for old in root.iterdir():
+        match = _SCRATCH.fullmatch(old.name)
+        if match and not _is_running(int(match[1])):
           shutil.rmtree(old, ignore_errors=True)
       self.scratch.mkdir()
     except OSError as e:
@@ -90,7 +93,8 @@ class DiskTier(Tier):
     super().free(key)
     if (write := self._writes.pop(key, None)) is not None:
       write.result()
-    del self._arrays[key]
+    for name in self._arrays.pop(key):
+      self._shapes.pop((key, name), None)
     if key[0] != 'weights':
       shutil.rmtree(self.scratch / '.'.join(map(str, key)))
 
@@ -129,8 +133,12 @@ class DiskTier(Tier):
         part = (*(slice(0, n) for n in shape[:-2]), slice(0, rows))
         target = view[..., :rows, :]
       copies.append(ts.array(target).write(array[part]))
-    for copy in copies:
-      copy.result()
+    try:
+      for copy in copies:
+        copy.result()
+    except ValueError as e:  # how TensorStore says that a file is not right
+      name = '.'.join(map(str, key))
+      raise OSError(f"'{self.root}': {name} cannot be read: {e}") from None
     return views, jax.device_put(views, self.device)
 
   def _write(self, key: Key, value, at: At | None, before: Future | None):
@@ -158,6 +166,8 @@ class _DiskRead:
     return self._future.result()[1]
 
   def release(self, after: jax.Array | None = None) -> None:
+    if self._future.exception() is not None:
+      return  # whoever asked for the result has been told
     views, arrays = self._future.result()
     # The arrays may be the buffers themselves, so wait for their reader.
     fence = list(arrays.values()) if after is None else [after]
