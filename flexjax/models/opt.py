@@ -62,7 +62,7 @@ def layers(config: ModelConfig, dtype: DTypeLike) -> tuple[Layer, ...]:
     for n in range(config.num_layers)
     for m, (kind, module) in enumerate((('attention', Attention), ('mlp', MLP)))
   ]
-  head_groups = (0,) if config.tied_head else ()
+  head_groups: tuple[int, ...] = (0,) if config.tied_head else ()
   if weight_groups(config)[last]:  # without norm there may be nothing
     head_groups += (last,)
   return (

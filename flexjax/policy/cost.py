@@ -36,24 +36,38 @@ class Workspace:
     return max(self.attention, self.mlp, self.head)
 
 
+def chunk_rows(batch: int, columns: int, chunk_tokens: int) -> int:
+  """Rows of a prefill that go through a layer together: a divisor of all."""
+  most = max(1, chunk_tokens // columns)
+  return max(n for n in range(1, batch + 1) if batch % n == 0 and n <= most)
+
+
 def workspace(
-  config: ModelConfig, work: Workload, itemsize: int, *, sampled: bool = True
+  config: ModelConfig,
+  work: Workload,
+  itemsize: int,
+  *,
+  chunk_tokens: int,
+  sampled: bool = True,
 ) -> Workspace:
   """Temporaries and results of the layer functions, prefill and decode.
 
-  Prefill of b rows and t tokens. Attention holds the normalised input, the
-  fused product in float32 (3 d) and its transposed copy, the new rows and the
-  attended values, and three copies of a chunk of scores. The MLP holds its
-  inner activations (f), once in float32 and once in the compute type. The
-  head holds float32 logits of one position, four times while it sorts them.
+  A prefill goes in chunks of rows, of at most `chunk_tokens`, beside the whole
+  batch's result and new rows. Attention holds the normalised input, the fused
+  product in float32 (3 d) and its transposed copy, the attended values, and
+  three copies of a chunk of scores. The MLP holds its inner activations (f),
+  once in float32 and once in the compute type. The head holds float32 logits
+  of one position, four times while it sorts them.
   """
-  tokens = work.batch_size * work.prompt_len
   d, f = config.hidden_size, config.ffn_size
+  everything = work.batch_size * work.prompt_len * d * itemsize
+  rows = chunk_rows(work.batch_size, work.prompt_len, chunk_tokens)
+  tokens = rows * work.prompt_len
   row_scores = _F32 * config.num_heads * min(work.prompt_len, 256)
   row_scores *= work.prompt_len
-  chunk_rows = min(work.batch_size, max(1, SCORE_BYTES // row_scores))
+  together = min(rows, max(1, SCORE_BYTES // row_scores))
   attention = tokens * d * (4 * _F32 + 6 * itemsize)
-  attention += 3 * chunk_rows * row_scores
+  attention += 3 * together * row_scores + 3 * everything  # result, rows
   # Decode: scores of the whole cache, twice where queries are doubled.
   columns = work.prompt_len + work.gen_len
   scores = 4 * work.batch_size * config.num_heads * columns * _F32
@@ -62,5 +76,6 @@ def workspace(
   head = logits * (4 if sampled else 2)
   if not work.gen_len:
     head = 3 * max(SCORED_BYTES, config.vocab_size * _F32)
-  head += tokens * d * itemsize
+  head += everything
+  mlp += everything
   return Workspace(attention=max(attention, scores), mlp=mlp, head=head)

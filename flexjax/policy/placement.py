@@ -46,7 +46,7 @@ def spread(sizes: Mapping[Key, int], split: Split) -> dict[Key, str]:
     best = max(asked, key=lambda tier: lag[tier])
     lag[best] -= size
     places[key] = best
-  return places
+  return {key: places[key] for key in sizes}
 
 
 def _single_largest(sizes: Mapping[Key, int]) -> Key | None:

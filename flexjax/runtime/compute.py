@@ -14,26 +14,29 @@ import jax.numpy as jnp
 from jax import Array
 
 from flexjax.models import opt
+from flexjax.policy import cost
 from flexjax.runtime import sampling
-
-SCORED_BYTES = 64 * 2**20  # float32 logits held at once while scoring
 
 
 class Compute:
   """The jitted layer functions of one model.
+
+  Args:
+    chunk_tokens: a prefill goes through a layer in chunks of rows with at
+      most so many tokens, which bounds its temporaries.
 
   Attributes:
     traces: how many functions have been traced, hence compiled.
     trace_seconds: time spent in calls that had to compile.
   """
 
-  def __init__(self, layers: Sequence[opt.Layer]):
+  def __init__(self, layers: Sequence[opt.Layer], chunk_tokens: int):
     self.traces = 0
     self.trace_seconds = 0.0
     modules = {layer.kind: layer.module for layer in layers}
     attention = modules['attention']
     self._layers = {
-      kind: self._jit(functools.partial(_apply, module))
+      kind: self._jit(functools.partial(_apply, module, chunk_tokens))
       for kind, module in modules.items()
       if kind != 'head'
     }
@@ -75,8 +78,24 @@ class Compute:
     return call
 
 
-def _apply(module, weights, hidden, cache, start, position):
-  return module.apply({'params': weights}, hidden, cache, start, position)
+def _apply(module, chunk_tokens, weights, hidden, cache, start, position):
+  def layer(hidden, start):
+    return module.apply({'params': weights}, hidden, cache, start, position)
+
+  batch, columns = hidden.shape[:2]
+  rows = cost.chunk_rows(batch, columns, chunk_tokens)
+  if cache is not None or rows == batch:
+    return layer(hidden, start)
+
+  def split(x):
+    return x.reshape(batch // rows, rows, *x.shape[1:])
+
+  def join(x):
+    return x.reshape(batch, *x.shape[2:])
+
+  chunks = (split(hidden), split(start))
+  out = jax.lax.map(lambda chunk: layer(*chunk), chunks)
+  return jax.tree.map(join, out)
 
 
 def _project(module, weights, hidden):
@@ -98,7 +117,7 @@ def _score(module, weights, hidden, targets):
   Positions go through the head a chunk at a time: all logits of a prompt
   would be gigabytes.
   """
-  chunk = SCORED_BYTES // (4 * module.config.vocab_size * hidden.shape[0])
+  chunk = cost.SCORED_BYTES // (4 * module.config.vocab_size * hidden.shape[0])
 
   def one(columns):
     x, target = columns  # [B, D], [B]

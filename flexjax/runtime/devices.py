@@ -41,6 +41,11 @@ class Machine:
   device_memory: int
   host_memory: int
 
+  @property
+  def chunk_tokens(self) -> int:
+    """Tokens of a prefill that fill the device; more only take memory."""
+    return 2048 if self.platform == 'cpu' else 8192
+
 
 def limit(device_memory: int | None, host_memory: int | None) -> None:
   """Turns budgets into XLA's own caps; no effect once JAX has started.

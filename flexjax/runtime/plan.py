@@ -29,6 +29,7 @@ class Problem:
     itemsize: bytes of an element of hidden states; `cache_itemsize` of cache.
     unified: host and device are one memory, and reads from it move nothing.
     budgets: bytes of each tier; disk 0 where there is none.
+    chunk_tokens: see `Compute`.
   """
 
   config: ModelConfig
@@ -39,6 +40,7 @@ class Problem:
   cache_itemsize: int
   unified: bool
   budgets: Mapping[str, int]
+  chunk_tokens: int = 4096
 
   @property
   def cached(self) -> tuple[int, ...]:
@@ -107,7 +109,10 @@ def evaluate(
   moving = {'disk'} if problem.unified else {'host', 'disk'}
   peak['device'] += _in_flight(problem, policy, places, sizes, moving)
   peak['device'] += cost.workspace(
-    problem.config, problem.work, problem.itemsize
+    problem.config,
+    problem.work,
+    problem.itemsize,
+    chunk_tokens=problem.chunk_tokens,
   ).peak
   if not problem.unified:  # what comes from disk passes through host buffers
     peak['host'] += _in_flight(problem, policy, places, sizes, {'disk'})

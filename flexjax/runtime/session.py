@@ -137,6 +137,7 @@ class Session:
       itemsize=itemsize,
       cache_itemsize=_cache_dtype(dtype, self.policy).itemsize,
       unified=self.machine.unified,
+      chunk_tokens=self.machine.chunk_tokens,
       budgets=self.budgets | {'disk': self._disk_budget(dtype)},
     )
 
@@ -234,7 +235,7 @@ class Session:
       on_group,
     )
     layers = opt.layers(self.source.config, dtype)
-    self.compute = Compute(layers)
+    self.compute = Compute(layers, m.chunk_tokens)
     self.engine = Engine(
       layers,
       self.compute,

@@ -56,10 +56,15 @@ class DiskTier(Tier):
     self._buffers = _Buffers()
     self._readers = ThreadPoolExecutor(4, 'flexjax-read')
     self._writers = ThreadPoolExecutor(2, 'flexjax-write')
-    self._durable = ts.Context({'cache_pool': {'total_bytes_limit': 0}})
-    self._hasty = ts.Context(
-      {'cache_pool': {'total_bytes_limit': 0}, 'file_io_sync': False}
-    )
+    # Mapped files cost half the CPU time of reads, for which the CPU backend
+    # computes; from a cold disk plain reads are a fifth faster.
+    mode = 'memmap' if host == device else 'default'
+    settings = {
+      'cache_pool': {'total_bytes_limit': 0},
+      'file_io_mode': {'mode': mode},
+    }
+    self._durable = ts.Context(settings)
+    self._hasty = ts.Context(settings | {'file_io_sync': False})
     try:
       root.mkdir(parents=True, exist_ok=True)
       for old in root.iterdir():
