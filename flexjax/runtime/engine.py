@@ -149,7 +149,9 @@ class Engine:
       if users > 1:
         self._weights[group] = (pending, users - 1)
       else:
-        pending.release(self._used)
+        # Computes that are not waited for yet; on a CPU they may end in any
+        # order, so the latest alone would not do.
+        pending.release(list(self._running.values()))
 
   def _load_cache(self, i: int, j: int, k: int) -> None:
     rows = self.prompt_len + i - 1
@@ -240,13 +242,14 @@ class Engine:
   def _release(self, j: int, k: int) -> None:
     for kind in ('cache', 'hidden'):
       if (pending := self._pending.pop((kind, j, k), None)) is not None:
-        pending.release(self._used)
+        pending.release([] if self._used is None else [self._used])
 
   def _drop_all(self) -> None:
+    running = list(self._running.values())
     for pending in self._pending.values():
-      pending.release(self._used)
+      pending.release(running)
     for pending, _ in self._weights.values():
-      pending.release(self._used)
+      pending.release(running)
     for left in (self._pending, self._weights, self._running):
       left.clear()
     self._output = self._rows = self._used = None

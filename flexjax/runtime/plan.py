@@ -12,6 +12,7 @@ from flexjax.config import ModelConfig, Policy, Split, Workload, format_bytes
 from flexjax.errors import InputError
 from flexjax.policy import cost
 from flexjax.policy.placement import TIERS, achieved, spread, total, window
+from flexjax.tiers.disk import MAX_WRITES
 from flexjax.typing import Key
 
 # In order of claim to the fastest memory: a cache is written as well as read.
@@ -108,12 +109,20 @@ def evaluate(
   peak = total(sizes, places)
   moving = {'disk'} if problem.unified else {'host', 'disk'}
   peak['device'] += _in_flight(problem, policy, places, sizes, moving)
+  # Results of computes that have not been waited for.
+  ahead = policy.prefetch_depth if policy.overlap else 0
+  peak['device'] += (2 * ahead + 1) * cost.hidden_bytes(
+    problem.config, problem.work, problem.itemsize
+  )
   peak['device'] += cost.workspace(
     problem.config,
     problem.work,
     problem.itemsize,
     chunk_tokens=problem.chunk_tokens,
   ).peak
+  if 'disk' in (places[key] for key in problem.sizes('cache')):
+    rows = cost.cache_bytes(problem.config, problem.work, problem.itemsize)
+    peak['host'] += MAX_WRITES * rows
   if not problem.unified:  # what comes from disk passes through host buffers
     peak['host'] += _in_flight(problem, policy, places, sizes, {'disk'})
   return Plan(

@@ -4,7 +4,7 @@ The engine asks for keys and never learns where they live; the tiers move
 bytes and never learn why. Every byte that crosses a link is counted here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 
@@ -107,6 +107,6 @@ class _Borrowed:
   def result(self) -> dict[str, jax.Array]:
     return self._pending.result()
 
-  def release(self, after: jax.Array | None = None) -> None:
+  def release(self, after: Sequence[jax.Array] = ()) -> None:
     self._device.borrow(-self._nbytes)
     self._pending.release(after)

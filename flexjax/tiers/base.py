@@ -6,7 +6,7 @@ the accelerator; writing takes arrays from it (or from NumPy, while loading).
 """
 
 import abc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -36,8 +36,8 @@ class Pending(Protocol):
     """
     ...
 
-  def release(self, after: jax.Array | None = None) -> None:
-    """Gives the memory back, for use once `after` has been computed."""
+  def release(self, after: Sequence[jax.Array] = ()) -> None:
+    """Gives the memory back, for use once all of `after` are computed."""
     ...
 
 
@@ -51,7 +51,7 @@ class Ready:
     assert self._value is not None, 'read after release'
     return self._value
 
-  def release(self, after: jax.Array | None = None) -> None:
+  def release(self, after: Sequence[jax.Array] = ()) -> None:
     del after
     self._value = None
 

@@ -12,6 +12,8 @@ import re
 import shutil
 import threading
 import uuid
+from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from flexjax.tiers.base import At, Pending, Spec, Tier, Value
 from flexjax.typing import Key
 
 _ALIGNMENT = 64  # bytes: what XLA wants of a buffer it uses in place
+MAX_WRITES = 3  # on their way at once: each holds its rows in memory
 _CHUNK_BYTES = 16 * 2**20
 _CACHE_CHUNK_BYTES = 2 * 2**20  # a new row rewrites one chunk
 _SCRATCH = re.compile(r'run-([0-9]+)-[0-9a-f]{8}')
@@ -53,6 +56,7 @@ class DiskTier(Tier):
     self._arrays: dict[Key, dict[str, ts.TensorStore]] = {}
     self._shapes: dict[tuple[Key, str], tuple[int, ...]] = {}
     self._writes: dict[Key, Future] = {}
+    self._under_way: deque[Future] = deque()
     self._buffers = _Buffers()
     self._readers = ThreadPoolExecutor(4, 'flexjax-read')
     self._writers = ThreadPoolExecutor(2, 'flexjax-write')
@@ -110,9 +114,12 @@ class DiskTier(Tier):
   def write(self, key: Key, value: Value, at: At | None = None) -> None:
     # A device array goes by way of the host's memory: the fast road.
     held = jax.device_put(dict(value), self.host)
+    while len(self._under_way) >= MAX_WRITES:
+      self._under_way.popleft().result()
     self._writes[key] = self._writers.submit(
       self._write, key, held, at, self._writes.get(key)
     )
+    self._under_way.append(self._writes[key])
 
   def wait(self) -> None:
     for future in list(self._writes.values()):
@@ -170,12 +177,12 @@ class _DiskRead:
   def result(self) -> dict[str, jax.Array]:
     return self._future.result()[1]
 
-  def release(self, after: jax.Array | None = None) -> None:
+  def release(self, after: Sequence[jax.Array] = ()) -> None:
     if self._future.exception() is not None:
       return  # whoever asked for the result has been told
     views, arrays = self._future.result()
-    # The arrays may be the buffers themselves, so wait for their reader.
-    fence = list(arrays.values()) if after is None else [after]
+    # The arrays may be the buffers themselves, so wait for their readers too.
+    fence = [*arrays.values(), *after]
     for view in views.values():
       self._buffers.give(view, fence)
 
