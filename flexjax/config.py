@@ -64,6 +64,8 @@ class ModelConfig:
     max_positions: longest context, prompt and new tokens together.
     tied_head: the head multiplies by the token table.
     checkpoint_dtype: dtype that the checkpoint says it is stored in.
+    bos_id, eos_id: -1 where the model has none. `pad_id` is masked wherever
+      it stands, so that any id will do.
   """
 
   num_layers: int

@@ -35,4 +35,4 @@ def run() -> None:
         f'converting: {done} of {total} weight groups'
       ),
     )
-  console.print(report)
+  console.print(report, soft_wrap=True)

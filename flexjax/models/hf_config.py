@@ -180,6 +180,9 @@ def _translate(path: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
     value = fields.get(name, token)
     if isinstance(value, list) and len(value) == 1:
       value = value[0]
+    if name in fields and value is None:  # the model has no such token
+      out[ours] = 0 if ours == 'pad_id' else -1
+      continue
     out[ours] = _integer(path, name, value, 0, out['vocab_size'])
   name = 'word_embed_proj_dim'
   width = fields.get(name)

@@ -169,7 +169,6 @@ def test_final_layer_norm(read, before, removed, exists):
     ('torch_dtype', 'float8_e4m3fn'),
     ('dtype', 'float64'),
     ('eos_token_id', [2, 3]),
-    ('eos_token_id', None),
     ('pad_token_id', -1),
     ('bos_token_id', 50272),
   ],
@@ -207,3 +206,8 @@ def test_missing_and_not_text(tmp_path):
   (tmp_path / 'config.json').write_bytes(b'\xff\xfe\xfd')
   with pytest.raises(InputError, match='not JSON'):
     read_config(tmp_path / 'config.json')
+
+
+def test_null_token_ids_mean_none(read):
+  config = read(OPT_125M | {'eos_token_id': None, 'pad_token_id': None})
+  assert (config.eos_id, config.pad_id) == (-1, 0)
