@@ -53,9 +53,9 @@ def workspace(
   """Temporaries and results of the layer functions, prefill and decode.
 
   A prefill goes in chunks of rows, of at most `chunk_tokens`, beside the whole
-  batch's result and new rows. Attention holds the normalised input, the fused
-  product in float32 (3 d) and its transposed copy, the attended values, and
-  three copies of a chunk of scores. The MLP holds its inner activations (f),
+  batch's result and new rows. Attention holds the fused product in float32
+  (3 d), its transposed copy, the normalised input or the attended values, and
+  a chunk of scores twice. The MLP holds its inner activations (f),
   once in float32 and once in the compute type. The head holds float32 logits
   of one position, four times while it sorts them.
   """
@@ -66,8 +66,8 @@ def workspace(
   row_scores = _F32 * config.num_heads * min(work.prompt_len, 256)
   row_scores *= work.prompt_len
   together = min(rows, max(1, SCORE_BYTES // row_scores))
-  attention = tokens * d * (4 * _F32 + 6 * itemsize)
-  attention += 3 * together * row_scores + 3 * everything  # result, rows
+  attention = tokens * d * (3 * _F32 + 4 * itemsize)
+  attention += 2 * together * row_scores + 3 * everything  # result, rows
   # Decode: scores of the whole cache, twice where queries are doubled.
   columns = work.prompt_len + work.gen_len
   scores = 4 * work.batch_size * config.num_heads * columns * _F32
