@@ -8,6 +8,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 from flexjax.errors import InputError
@@ -248,14 +249,14 @@ class SamplingParams:
   def __post_init__(self) -> None:
     if isinstance(self.stop, str):
       object.__setattr__(self, 'stop', (self.stop,))
-    self._check('max_new_tokens', int, lambda n: n >= 1)
-    self._check('top_k', int, lambda k: k >= 0)
-    self._check('temperature', (int, float), lambda t: 0 <= t < math.inf)
-    self._check('top_p', (int, float), lambda p: 0 < p <= 1)
+    self._check('max_new_tokens', Integral, lambda n: n >= 1)
+    self._check('top_k', Integral, lambda k: k >= 0)
+    self._check('temperature', Real, lambda t: 0 <= t < math.inf)
+    self._check('top_p', Real, lambda p: 0 < p <= 1)
     for name in ('ignore_eos', 'truncate_prompt'):
       self._check(name, bool, lambda flag: True)
     if self.seed is not None:
-      self._check('seed', int, lambda seed: seed >= 0)
+      self._check('seed', Integral, lambda seed: seed >= 0)
     self._check('stop', (tuple, list), lambda s: all(_is_text(x) for x in s))
     self._check('stop_token_ids', (tuple, list), lambda s: all(map(_is_id, s)))
     object.__setattr__(self, 'stop', tuple(self.stop))

@@ -42,5 +42,5 @@ class WeightSource(Protocol):
   """Changes when any weight may have changed."""
 
   def pieces(self, group: int, dtype: Any) -> Iterator[Piece]:
-    """Yields weight group `group` as pieces of at most 64 MiB, in `dtype`."""
+    """Yields weight group `group` as pieces of at most 32 MiB, in `dtype`."""
     ...

@@ -32,7 +32,10 @@ def define() -> None:
   flags.DEFINE_multi_string('prompt', [], 'A prompt; may be given repeatedly.')
   flags.DEFINE_string('input', None, 'File of prompts: text lines or .jsonl.')
   flags.DEFINE_string(
-    'output', None, 'File of results, JSONL. Default: standard output.'
+    'output',
+    None,
+    'File of results, JSONL. Default: standard output, where results of '
+    '--prompt are plain text.',
   )
   default = SamplingParams()
   flags.DEFINE_integer(
@@ -62,8 +65,11 @@ def run() -> None:
   prompts, params = _requests()
   for name in ('output', 'stats'):
     _check_writable(name, FLAGS[name].value)
-  with shared.open_model() as llm, report.progress(llm):
-    results = llm.stream(prompts, params)
+  with (
+    shared.open_model() as llm,
+    report.progress(llm),
+    contextlib.closing(llm.stream(prompts, params)) as results,
+  ):
     _write(results)
   report.show(llm)
 

@@ -1,6 +1,7 @@
 """The command line: picks a command, and turns bad input into one line."""
 
 import importlib
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -31,13 +32,13 @@ def _main(argv: list[str]) -> int:
     return 0
   if name not in COMMANDS:
     return _refuse(f"no command is called '{name}'; there are {_names()}")
-  command = importlib.import_module(f'flexjax.cli.{name}')
-  command.define()
-  if {'--help', '-h', '--helpshort', '--helpfull'} & set(argv[2:]):
-    print(_help(command))
-    return 0
-  signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
+  signal.signal(signal.SIGTERM, signal.default_int_handler)
   try:
+    command = importlib.import_module(f'flexjax.cli.{name}')
+    command.define()
+    if {'--help', '-h', '--helpshort', '--helpfull'} & set(argv[2:]):
+      print(_help(command))
+      return 0
     rest = FLAGS([f'flexjax {name}', *argv[2:]])[1:]
     if rest:
       raise InputError(
@@ -46,10 +47,13 @@ def _main(argv: list[str]) -> int:
     command.run()
   except flags.Error as e:
     return _refuse(str(e))
+  except BrokenPipeError:  # whoever reads the results has enough
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
   except (InputError, OSError) as e:
     return _refuse(str(e))
   except KeyboardInterrupt:
-    print('flexjax: interrupted; finished results are written', file=sys.stderr)
+    print('flexjax: interrupted', file=sys.stderr)
     return _INTERRUPTED
   return 0
 

@@ -1,7 +1,7 @@
 """What a policy costs: bytes per tier, as pure functions of the problem.
 
-Each formula stands once. The plan, the budget check and (later) the linear
-program all evaluate these; the runtime reports the same quantities.
+Each formula stands once: the plan and the budget check evaluate these, and the
+runtime reports the same quantities.
 """
 
 import dataclasses

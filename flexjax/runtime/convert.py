@@ -24,7 +24,7 @@ def convert(
 ) -> str:
   """Writes every weight group that `disk_dir` does not hold yet.
 
-  Peak memory is a few pieces of at most 64 MiB, whatever the model.
+  Peak memory is a few pieces of at most 32 MiB, whatever the model.
 
   Args:
     dtype: 'auto' is the checkpoint's, and on a CPU, which is slow at

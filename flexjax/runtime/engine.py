@@ -1,5 +1,5 @@
 """Executes Actions: fetches through the store, computes through the jitted
-layer functions, and asks the decoding which batches still want tokens.
+layer functions, and hands every token to the decoding.
 
 It holds what is on its way (weights, cache, hidden states by key) and nothing
 else; where things live is the store's business, when is the schedule's.

@@ -118,6 +118,9 @@ class Progress:
     self.resize, self.worth, self.on_token = resize, worth, on_token
     self.prefill_seconds = self.decode_seconds = 0.0
     self._new: list[list[Array]] = [[] for _ in self.rows]
+    # Newest token that was decided on: a batch shrinks before its first
+    # layer or not at all, whatever is asked later.
+    self._decided = [-1 for _ in self.rows]
     self._stamp = time.perf_counter()
     self._steps = 0  # decode steps of a batch whose tokens are here
 
@@ -128,11 +131,14 @@ class Progress:
 
   def wanted(self, i: int, k: int, now: bool) -> bool:
     """Whether any request of batch k still wants token i."""
-    if now and self._new[k] and any(r.may_stop for r in self._live(k)):
+    first = now and self._decided[k] < i
+    if first and any(r.may_stop for r in self._live(k)):
       self._settle(k)
     live = [r for r in self._live(k) if i < r.params.max_new_tokens]
-    if now and i > 0 and 0 < 2 * len(live) <= len(self.rows[k]):
-      self._shrink(i, k, live)
+    if first:
+      self._decided[k] = i
+      if i > 0 and 0 < 2 * len(live) <= len(self.rows[k]):
+        self._shrink(i, k, live)
     return bool(live)
 
   def _live(self, k: int) -> list[Request]:

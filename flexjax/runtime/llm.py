@@ -7,7 +7,7 @@ are read at the first use, when the work is known, and stay.
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -161,10 +161,11 @@ class LLM:
     self,
     prompts: Sequence[Prompt],
     params: SamplingParams | Sequence[SamplingParams] | None = None,
-  ) -> Iterator[Output]:
+  ) -> Generator[Output, None, None]:
     """Like `generate`, but yields each block's outputs when it is done.
 
-    Everything is checked, planned and loaded before this returns.
+    Everything is checked, planned and loaded before this returns. A model
+    runs one stream at a time: another call ends those still open.
     """
     each = self._params(prompts, params)
     ids = self.encode(prompts, each)
@@ -175,7 +176,9 @@ class LLM:
     ]
     return self._stream(prompts, ids, requests, work)
 
-  def _stream(self, prompts, ids, requests, work) -> Iterator[Output]:
+  def _stream(
+    self, prompts, ids, requests, work
+  ) -> Generator[Output, None, None]:
     total = sum(r.params.max_new_tokens for r in requests)
     done = 0
 
@@ -192,7 +195,7 @@ class LLM:
           given = prompts[n]
           yield Output(
             n,
-            given if isinstance(given, str) else list(given),
+            given if isinstance(given, str) else [int(t) for t in given],
             r.text or '',
             r.ids,
             r.reason,
@@ -232,7 +235,7 @@ class LLM:
     Raises:
       InputError: names the first prompt that is not valid, and why.
     """
-    if not prompts:
+    if len(prompts) == 0:
       raise InputError('there are no prompts')
     encoded = []
     for n, (prompt, p) in enumerate(zip(prompts, params, strict=True)):
@@ -247,6 +250,10 @@ class LLM:
       if len(ids) > limit and p.truncate_prompt:
         lead = ids[: ids[0] == self.config.bos_id]
         ids = lead + ids[len(ids) - limit + len(lead) :]
+      if len(ids) > limit and not new:
+        raise InputError(
+          f'text {n} has {len(ids)} tokens; the context holds {limit}'
+        )
       if len(ids) > limit:
         raise InputError(
           f'prompt {n} has {len(ids)} tokens; with {new} new ones the context '
@@ -304,8 +311,11 @@ class LLM:
           f'prompt {n} is text, but {self._session.source.name} has no '
           'tokenizer: give lists of token ids'
         )
-      ids = self.tokenizer.encode(prompt)
-    elif isinstance(prompt, Sequence | np.ndarray) and all(
+      try:
+        ids = self.tokenizer.encode(prompt)
+      except InputError as e:
+        raise InputError(f'prompt {n}: {e}') from None
+    elif isinstance(prompt, list | tuple | np.ndarray) and all(
       isinstance(token, int | np.integer) for token in prompt
     ):
       ids = [int(token) for token in prompt]

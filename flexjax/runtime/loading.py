@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,10 @@ class WeightFolder:
     self.root = root
     self.identity = {'format': FORMAT, **identity}
     self.complete: set[int] = set()
-    path = root / MANIFEST
+    self._read()
+
+  def _read(self) -> None:
+    root, path = self.root, self.root / MANIFEST
     if not path.exists():
       return
     try:
@@ -74,19 +77,16 @@ class WeightFolder:
 
   @contextmanager
   def locked(self):
-    """Keeps a second conversion out.
+    """Lets one process at a time write; others wait for what it leaves.
 
     Raises:
-      InputError: another process is writing here.
+      InputError: it has left other weights.
     """
     directory = os.open(self.root, os.O_RDONLY)
     try:
-      fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      fcntl.flock(directory, fcntl.LOCK_EX)
+      self._read()
       yield
-    except BlockingIOError:
-      raise InputError(
-        f"another process is converting into '{self.root}'"
-      ) from None
     finally:
       os.close(directory)
 
@@ -120,10 +120,13 @@ def write_disk(
 ) -> None:
   """Writes weight groups that are not complete yet, a piece at a time.
 
-  Host memory holds one piece (64 MiB) and its way to the disk, whatever the
+  Host memory holds one piece (32 MiB) and its way to the disk, whatever the
   model's size. Every wanted group is allocated in the tier afterwards.
   """
-  with folder.locked():
+  lock = (
+    nullcontext() if folder.complete.issuperset(wanted) else folder.locked()
+  )
+  with lock:
     for group in wanted:
       key = ('weights', group)
       disk.allocate(key, specs(groups[group], dtype))

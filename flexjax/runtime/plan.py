@@ -142,12 +142,13 @@ def _in_flight(problem, policy, places, sizes, moving) -> int:
     return sizes.get(key, 0) if places.get(key) in moving else 0
 
   batches = range(problem.work.num_batches)
-  weights = [
-    sum(moved(('weights', g)) for g in groups) for _, groups in problem.layers
-  ]
-  if 0 in problem.layers[-1][1]:  # a tied table is held once, not twice
-    weights[0] -= moved(('weights', 0))
-  in_flight = window(weights, width)
+  # Sets, because a tied table is held once for the head and the embedding.
+  layers = [set(groups) for _, groups in problem.layers]
+  ring = layers + layers[: width - 1]
+  in_flight = max(
+    sum(moved(('weights', g)) for g in set().union(*ring[j : j + width]))
+    for j in range(len(layers))
+  )
   in_flight += window([moved(('hidden', k)) for k in batches], width)
   if policy.attention == 'device':
     cells = [
@@ -220,6 +221,9 @@ def _refusal(plan: Plan, policy: Policy, fixed) -> str:
 def _nearest(plan: Plan, policy: Policy, fixed) -> str:
   """Says the smallest change that fits: splits, then batches, then memory."""
   problem = plan.problem
+  given = [getattr(policy, name) for name in CLASSES]
+  if not problem.budgets['disk'] and any(s and s.disk for s in given):
+    return 'give --disk_dir for what is to be on disk'
   open_policy = dataclasses.replace(
     policy, weights=None, cache=None, hidden=None
   )
@@ -246,8 +250,11 @@ def _nearest(plan: Plan, policy: Policy, fixed) -> str:
         )
   least = _fill(problem, open_policy, fixed)
   short = [t for t in TIERS if least.peak[t] > problem.budgets[t]]
-  if short == ['host'] and not problem.budgets['disk']:
-    return 'a --disk_dir would take what host memory cannot'
+  if 'host' in short and not problem.budgets['disk']:
+    budgets = {**problem.budgets, 'disk': sum(plan.peak.values())}
+    with_disk = dataclasses.replace(problem, budgets=budgets)
+    if _fill(with_disk, open_policy, fixed).fits:
+      return 'a --disk_dir would take what host memory cannot'
   flag = {
     'device': 'device_memory',
     'host': 'host_memory',

@@ -15,7 +15,7 @@ from jax import Array
 
 from flexjax.config import SamplingParams
 
-_NEVER = -1e30
+_NEVER = -jnp.inf
 
 
 class Sampling(NamedTuple):
@@ -38,7 +38,7 @@ def pack(
   ]
   return Sampling(
     np.array([p.temperature for p in rows], np.float32),
-    np.array([p.top_k for p in rows], np.int32),
+    np.array([min(p.top_k, 2**31 - 1) for p in rows], np.int32),
     np.array([p.top_p for p in rows], np.float32),
     np.array([s % 2**32 for s in seeds], np.uint32),
   )

@@ -181,6 +181,13 @@ class Session:
     return best[1] if best else ranked[-1]  # whose refusal is then raised
 
   def _load(self, on_progress: OnProgress) -> None:
+    try:
+      self._fill(on_progress)
+    except BaseException:
+      self.close()  # else the next use would find half a model
+      raise
+
+  def _fill(self, on_progress: OnProgress) -> None:
     assert self.plan is not None
     began = time.perf_counter()
     m, plan, dtype = self.machine, self.plan, jnp.dtype(self.dtype)
@@ -194,16 +201,13 @@ class Session:
       'host': HostTier(m.pinned, m.device),
     }
     on_disk = [g for g, tier in places.items() if tier == 'disk']
-    if 'disk' in plan.places.values():
-      assert self.disk_dir is not None
-      folder = self._folder(self.dtype)
-      tiers['disk'] = DiskTier(self.disk_dir, m.pinned, m.device)
     attended = None
     if self.policy.attention == 'host':
       attended = HostTier(m.cpu, m.cpu, None if m.unified else m.pinned)
     self.meter = Meter()
     self.store = Store(tiers, attended, self.meter)
-    self._closer = weakref.finalize(self, _close, tiers, self.meter)
+    self._open = [*tiers.values(), *([attended] if attended else [])]
+    self._closer = weakref.finalize(self, _close, self._open, self.meter)
     done = 0
 
     def on_group(group: int) -> None:
@@ -212,8 +216,8 @@ class Session:
       on_progress('load', done, len(places))
 
     if on_disk:
-      disk = tiers['disk']
-      assert isinstance(disk, DiskTier)
+      folder = self._folder(self.dtype)
+      disk = self._open_disk()
       loading.write_disk(
         self.source.weights,
         self._groups,
@@ -247,6 +251,19 @@ class Session:
     )
     self.load_seconds = time.perf_counter() - began
 
+  def _open_disk(self) -> DiskTier:
+    """Returns the disk tier; it is opened when something is to go there."""
+    assert self.store is not None
+    assert self.disk_dir is not None
+    disk = self.store.tiers.get('disk')
+    if disk is None:
+      m = self.machine
+      disk = DiskTier(self.disk_dir, m.pinned, m.device)
+      self.store.tiers['disk'] = disk
+      self._open.append(disk)
+    assert isinstance(disk, DiskTier)
+    return disk
+
   def _allocate(self, plan: Plan) -> None:
     """Makes cache and hidden states have the plan's places and shapes."""
     assert self.store is not None
@@ -256,6 +273,8 @@ class Session:
         self.store.free(key)
     for key, spec in wanted.items():
       if key not in self.store.places:
+        if plan.places[key] == 'disk':
+          self._open_disk()
         self.store.allocate(key, spec, plan.places[key])
 
   def _stands(self, key: Key, spec: Spec | None, plan: Plan) -> bool:
@@ -290,24 +309,32 @@ class Session:
     self._totals: dict[str, Any] = dict.fromkeys(_TOTALS, 0)
     links = dict(self.meter.link_bytes)
     busy, began = self.meter.busy_seconds, time.perf_counter()
+    assert self.store is not None
+    self.store.reset_peaks()
     try:
       yield
     finally:
-      seconds = time.perf_counter() - began
-      assert self.store is not None
-      self._stats = Stats(
-        **self._totals,
-        peak_bytes=self.store.peak_bytes(),
-        link_bytes={
-          link: count - links[link]
-          for link, count in self.meter.link_bytes.items()
-        },
-        link_busy_fraction=(self.meter.busy_seconds - busy) / seconds,
-        placement=self.plan.placement,
-        compilations=self.compute.traces,
-        load_seconds=self.load_seconds,
-        allocator_peak_bytes=devices.allocator_peak(self.machine),
-      )
+      if self.store is not None:  # else it was closed meanwhile
+        self._measure(links, busy, time.perf_counter() - began)
+
+  def _measure(
+    self, links: Mapping[str, int], busy: float, seconds: float
+  ) -> None:
+    assert self.store is not None
+    assert self.plan is not None
+    self._stats = Stats(
+      **self._totals,
+      peak_bytes=self.store.peak_bytes(),
+      link_bytes={
+        link: count - links[link]
+        for link, count in self.meter.link_bytes.items()
+      },
+      link_busy_fraction=(self.meter.busy_seconds - busy) / seconds,
+      placement=self.plan.placement,
+      compilations=self.compute.traces,
+      load_seconds=self.load_seconds,
+      allocator_peak_bytes=devices.allocator_peak(self.machine),
+    )
 
   def stats(self) -> Stats:
     return self._stats
@@ -320,8 +347,7 @@ class Session:
     on_token: Callable[[int, int], None],
   ) -> None:
     """Generates for one block; its requests are finished afterwards."""
-    plan = self.plan
-    assert plan is not None
+    plan = self._check_current(work)
     self._allocate(plan)  # an earlier block may have shrunk
     mine = [requests[n] for n in block.index[block.index >= 0]]
     steps = max(r.params.max_new_tokens for r in mine)
@@ -342,8 +368,19 @@ class Session:
     self._totals['generated_tokens'] += sum(len(r.ids) for r in mine)
     self._totals['first_tokens'] += len(mine)
 
+  def _check_current(self, work: Workload) -> Plan:
+    """Returns the plan if it is still the one that was made for `work`."""
+    if self.store is None or self.plan is None:
+      raise InputError('the model has been closed')
+    if self.plan.problem.work is not work:
+      raise InputError(
+        'this stream has ended: its model has been used for other prompts'
+      )
+    return self.plan
+
   def score(self, block: Block, work: Workload) -> list[tuple[int, np.ndarray]]:
     """Returns (k, [B, T]) log-probabilities of each column's next token."""
+    self._check_current(work)
     began = time.perf_counter()
     results: dict[int, jax.Array] = {}
 
@@ -379,8 +416,19 @@ class Session:
       overlap=self.policy.overlap,
       wanted=decoding.wanted,
     )
-    with jax.transfer_guard('disallow'):
-      self.engine.run(todo, batches, work.prompt_len, decoding)
+    try:
+      with jax.transfer_guard('disallow'):
+        self.engine.run(todo, batches, work.prompt_len, decoding)
+    except BaseException:
+      self._forget_state()
+      raise
+
+  def _forget_state(self) -> None:
+    """Frees cache and hidden states, which an error may have left unfit."""
+    if self.store is not None:
+      for key in list(self.store.places):
+        if key[0] != 'weights':
+          self.store.free(key)
 
   def _batch(
     self, block: Block, k: int, requests: Sequence[Request] | None
@@ -421,11 +469,10 @@ class Session:
       self.store = None
 
 
-def _close(tiers: Mapping[str, Tier], meter: Meter) -> None:
+def _close(tiers: Sequence[Tier], meter: Meter) -> None:
   meter.close()
-  for tier in tiers.values():
-    if isinstance(tier, DiskTier):
-      tier.close()
+  for tier in tiers:
+    tier.close()
 
 
 def _cache_dtype(dtype: str, policy: Policy) -> np.dtype:

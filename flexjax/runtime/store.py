@@ -62,9 +62,9 @@ class Store:
     place = self.places[key]
     if place == 'device':
       return pending
-    nbytes = tier.sizes[key]
+    nbytes = tier.stored_nbytes(key, rows)
     self.meter.crossed(*_UP[place], nbytes=nbytes)
-    if not getattr(tier, 'moves', False):
+    if not tier.moves:
       return pending
     # A host read is queued already; a disk read is waited for by the watcher.
     queued = place == 'host'
@@ -83,6 +83,12 @@ class Store:
     tier = self.tiers['device']
     assert isinstance(tier, DeviceTier)
     return tier
+
+  def reset_peaks(self) -> None:
+    """Starts the peaks anew, from what is held now."""
+    for tier in (*self.tiers.values(), self.attended):
+      if tier is not None:
+        tier.peak_nbytes = tier.nbytes
 
   def peak_bytes(self) -> dict[str, int]:
     """Returns the most bytes that every tier has held."""

@@ -66,10 +66,13 @@ class Tier(abc.ABC):
   """One memory: keyed values, and an exact count of their bytes.
 
   Attributes:
+    moves: whether a read takes memory of its own on the device.
     specs, sizes: shapes and dtypes, and bytes, of every key.
     nbytes: bytes allocated now.
     peak_nbytes: the most there have ever been.
   """
+
+  moves = False
 
   def __init__(self) -> None:
     self.specs: dict[Key, Spec] = {}
@@ -104,6 +107,15 @@ class Tier(abc.ABC):
     A whole value may be smaller than its allocation: hidden states shrink
     to one token after the prefill.
     """
+
+  def stored_nbytes(self, key: Key, rows: int | None = None) -> int:
+    """Returns the bytes that reading the first `rows` rows of `key` takes."""
+    del rows
+    return self.sizes[key]
+
+  @abc.abstractmethod
+  def close(self) -> None:
+    """Forgets every value; the tier is of no use afterwards."""
 
   @abc.abstractmethod
   def wait(self) -> None:

@@ -68,6 +68,13 @@ class DeviceTier(Tier):
     """Counts bytes that are here for a while: what streams through."""
     self._count(nbytes)
 
+  def stored_nbytes(self, key: Key, rows: int | None = None) -> int:
+    del rows
+    return sum(array.nbytes for array in self._values[key].values())
+
+  def close(self) -> None:
+    self._values.clear()
+
   def wait(self) -> None:
     jax.block_until_ready(self._values)
 

@@ -101,9 +101,16 @@ class DiskTier(Tier):
   def free(self, key: Key) -> None:
     super().free(key)
     if (write := self._writes.pop(key, None)) is not None:
-      write.result()
+      write.exception()  # of no interest any more, but it must have ended
     for name in self._arrays.pop(key):
       self._shapes.pop((key, name), None)
+    self._buffers.keep(
+      {
+        (s.shape, s.dtype)
+        for spec in self.specs.values()
+        for s in spec.values()
+      }
+    )
     if key[0] != 'weights':
       shutil.rmtree(self.scratch / '.'.join(map(str, key)))
 
@@ -130,6 +137,15 @@ class DiskTier(Tier):
     self._readers.shutdown(cancel_futures=True)
     self._writers.shutdown(cancel_futures=True)
     shutil.rmtree(self.scratch, ignore_errors=True)
+
+  def stored_nbytes(self, key: Key, rows: int | None = None) -> int:
+    total = 0
+    for name, spec in self.specs[key].items():
+      shape = self._shapes.get((key, name), spec.shape)
+      if rows is not None:
+        shape = (*shape[:-2], rows, shape[-1])
+      total += int(np.prod(shape)) * np.dtype(spec.dtype).itemsize
+    return total
 
   def _read(self, key: Key, rows: int | None, before: Future | None):
     if before is not None:
@@ -210,9 +226,16 @@ class _Buffers:
       self.nbytes += size
     return raw[begin : begin + size].view(dtype).reshape(shape)
 
+  def keep(self, kinds: set[Any]) -> None:
+    """Drops free buffers of any other (shape, dtype)."""
+    with self._lock:
+      for kind in [k for k in self._free if k not in kinds]:
+        for view, _ in self._free.pop(kind):
+          self.nbytes -= view.nbytes
+
   def give(self, view: np.ndarray, fence: list[jax.Array]) -> None:
     with self._lock:
-      self._free[view.shape, view.dtype].append((view, fence))
+      self._free.setdefault((view.shape, view.dtype), []).append((view, fence))
 
 
 def _array_spec(path: Path, spec: jax.ShapeDtypeStruct) -> dict[str, Any]:
