@@ -333,6 +333,7 @@ class Session:
       placement=self.plan.placement,
       compilations=self.compute.traces,
       load_seconds=self.load_seconds,
+      dtype=self.dtype,
       allocator_peak_bytes=devices.allocator_peak(self.machine),
     )
 

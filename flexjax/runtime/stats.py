@@ -24,6 +24,7 @@ class Stats:
     scored_tokens: log-probabilities handed out.
     allocator_peak_bytes: what the device's own allocator says it held at most
       since the process began; None where it does not say.
+    dtype: what weights and computing were in.
     first_tokens: requests that got a token: what the prefill generated.
   """
 
@@ -39,6 +40,7 @@ class Stats:
   )
   compilations: int = 0
   load_seconds: float = 0.0
+  dtype: str = ''
   first_tokens: int = 0
   allocator_peak_bytes: int | None = None
 
@@ -57,7 +59,7 @@ class Stats:
   def to_json(self) -> dict[str, Any]:
     """Returns a dict of plain numbers, keyed as the attributes are named."""
     fields = dataclasses.asdict(self)
-    del fields['first_tokens']
+    del fields['first_tokens'], fields['dtype']
     for name in ('scored_tokens', 'allocator_peak_bytes'):
       if not fields[name]:  # not a run of that kind, or unknown here
         del fields[name]
@@ -68,6 +70,7 @@ class Stats:
   def rows(self) -> list[tuple[str, str]]:
     """Returns label and value of a short table."""
     rows = [
+      ('computed in', self.dtype),
       ('load', f'{self.load_seconds:.2f} s'),
       ('prefill', f'{self.prefill_seconds:.2f} s'),
       ('decode', f'{self.decode_seconds:.2f} s'),
@@ -76,7 +79,7 @@ class Stats:
       ('decode only', f'{self.decode_tokens_per_s:.1f} tokens/s'),
     ]
     if self.scored_tokens:
-      rows[3:] = [('scored', f'{self.scored_tokens} tokens')]
+      rows[4:] = [('scored', f'{self.scored_tokens} tokens')]
     for name, split in self.placement.items():
       parts = (f'{100 * part:.0f} % {tier}' for tier, part in split.items())
       rows.append((f'{name} on', ', '.join(parts)))
