@@ -48,7 +48,6 @@ def workspace(
   itemsize: int,
   *,
   chunk_tokens: int,
-  sampled: bool = True,
 ) -> Workspace:
   """Temporaries and results of the layer functions, prefill and decode.
 
@@ -73,7 +72,7 @@ def workspace(
   scores = 4 * work.batch_size * config.num_heads * columns * _F32
   mlp = tokens * (f * (_F32 + itemsize) + d * (2 * _F32 + 2 * itemsize))
   logits = work.batch_size * config.vocab_size * _F32
-  head = logits * (4 if sampled else 2)
+  head = 4 * logits
   if not work.gen_len:
     head = 3 * max(SCORED_BYTES, config.vocab_size * _F32)
   head += everything

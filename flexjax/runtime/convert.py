@@ -4,9 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax.numpy as jnp
-import numpy as np
 
-from flexjax.config import DTYPE_BYTES, format_bytes
+from flexjax.config import format_bytes
 from flexjax.errors import InputError
 from flexjax.models import opt
 from flexjax.runtime import devices, loading, sources
@@ -49,10 +48,7 @@ def convert(
       dtype = 'bfloat16'
   groups = opt.weight_groups(source.config)
   folder = loading.WeightFolder(root, loading.identity(source, dtype))
-  sizes = [
-    DTYPE_BYTES[dtype] * sum(int(np.prod(s)) for s in shapes.values())
-    for shapes in groups
-  ]
+  sizes = loading.group_bytes(groups, jnp.dtype(dtype))
   todo = sum(n for g, n in enumerate(sizes) if g not in folder.complete)
   if todo > (free := devices.free_disk(root)):
     raise InputError(

@@ -170,11 +170,14 @@ class LLM:
     each = self._params(prompts, params)
     ids = self.encode(prompts, each)
     work = self._prepare(ids, max(p.max_new_tokens for p in each))
-    requests = [
-      Request(n, p, self.config.eos_id, self._decode)
-      for n, p in enumerate(each)
-    ]
+    requests = self._requests(each)
     return self._stream(prompts, ids, requests, work)
+
+  def _requests(self, params: Sequence[SamplingParams]) -> list[Request]:
+    return [
+      Request(n, p, self.config.eos_id, self._decode)
+      for n, p in enumerate(params)
+    ]
 
   def _stream(
     self, prompts, ids, requests, work
@@ -276,10 +279,7 @@ class LLM:
       dataclasses.replace(p, max_new_tokens=min(2, p.max_new_tokens))
       for p in each
     ]
-    requests = [
-      Request(n, p, self.config.eos_id, self._decode)
-      for n, p in enumerate(short)
-    ]
+    requests = self._requests(short)
     with self._session.measured():
       block = next(self._blocks(ids, work))
       self._session.run(block, requests, work, lambda tokens, ended: None)

@@ -20,7 +20,7 @@ import numpy as np
 
 from flexjax.errors import InputError
 from flexjax.runtime.store import Store
-from flexjax.tiers.base import At, Spec
+from flexjax.tiers.base import At, Spec, spec_bytes
 from flexjax.tiers.disk import DiskTier
 from flexjax.typing import Shapes, WeightSource
 
@@ -109,6 +109,11 @@ def specs(shapes: Shapes, dtype: Any) -> Spec:
   return {n: jax.ShapeDtypeStruct(s, dtype) for n, s in shapes.items()}
 
 
+def group_bytes(groups: Sequence[Shapes], dtype: Any) -> list[int]:
+  """Returns the bytes of every weight group in `dtype`."""
+  return [spec_bytes(specs(shapes, dtype)) for shapes in groups]
+
+
 def write_disk(
   source: WeightSource,
   groups: Sequence[Shapes],
@@ -158,10 +163,8 @@ def fill_memory(
       arrays[name][row : row + len(array)] = array
     return group, arrays
 
-  def size(group: int) -> int:
-    return sum(int(np.prod(s)) for s in groups[group].values())
-
-  order = sorted(places, key=lambda g: (places[g] != 'host', -size(g)))
+  sizes = group_bytes(groups, dtype)
+  order = sorted(places, key=lambda g: (places[g] != 'host', -sizes[g]))
   with ThreadPoolExecutor(threads, 'flexjax-load') as pool:
     waiting = [pool.submit(read, g) for g in order[: threads + 1]]
     rest = iter(order[threads + 1 :])

@@ -46,7 +46,8 @@ class Problem:
   @property
   def cached(self) -> tuple[int, ...]:
     """Layers that keep a KV cache."""
-    return tuple(j for j, (kind, _) in enumerate(self.layers) if _is(kind))
+    kinds = [kind for kind, _ in self.layers]
+    return tuple(j for j, kind in enumerate(kinds) if kind == 'attention')
 
   def sizes(self, name: str) -> dict[Key, int]:
     """Bytes of every key of a class, in the order of use."""
@@ -61,10 +62,6 @@ class Problem:
       return {}
     size = cost.cache_bytes(self.config, self.work, self.cache_itemsize)
     return {('cache', j, k): size for j in self.cached for k in batches}
-
-
-def _is(kind: str) -> bool:
-  return kind == 'attention'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

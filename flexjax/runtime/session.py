@@ -130,10 +130,7 @@ class Session:
         (layer.kind, layer.groups)
         for layer in opt.layers(self.source.config, dtype)
       ],
-      group_bytes=[
-        sum(int(np.prod(s)) for s in shapes.values()) * itemsize
-        for shapes in self._groups
-      ],
+      group_bytes=loading.group_bytes(self._groups, jnp.dtype(dtype)),
       itemsize=itemsize,
       cache_itemsize=_cache_dtype(dtype, self.policy).itemsize,
       unified=self.machine.unified,
@@ -148,11 +145,8 @@ class Session:
     budget = devices.free_disk(self.disk_dir)
     if (self.disk_dir / loading.MANIFEST).exists():
       folder = self._folder(dtype)
-      budget += DTYPE_BYTES[dtype] * sum(
-        int(np.prod(s))
-        for group in folder.complete
-        for s in self._groups[group].values()
-      )
+      sizes = loading.group_bytes(self._groups, jnp.dtype(dtype))
+      budget += sum(sizes[group] for group in folder.complete)
     return budget
 
   def _folder(self, dtype: str) -> loading.WeightFolder:
