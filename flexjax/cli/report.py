@@ -14,7 +14,11 @@ from absl import flags
 from flexjax.runtime.llm import LLM
 
 FLAGS = flags.FLAGS
-_LABELS = {'load': 'loading weights', 'generate': 'generating tokens'}
+_LABELS = {
+  'load': 'loading weights',
+  'generate': 'generating tokens',
+  'score': 'scoring tokens',
+}
 
 
 def define() -> None:

@@ -112,7 +112,10 @@ def _pick(module, weights, hidden, params, step, mode):
 
 
 def _score(module, weights, hidden, targets):
-  """hidden [B, T, D], targets [B, T] -> log-probability of each target.
+  """hidden [B, T, D], targets [B, T] -> (log-probabilities, are greedy).
+
+  The first are float32 [B, T]; the second, bool [B, T], say which targets no
+  other token is likelier than.
 
   Positions go through the head a chunk at a time: all logits of a prompt
   would be gigabytes.
@@ -125,7 +128,9 @@ def _score(module, weights, hidden, targets):
       :, 0
     ]
     picked = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
-    return picked - jax.nn.logsumexp(logits, axis=-1)
+    greedy = picked >= logits.max(axis=-1)
+    return picked - jax.nn.logsumexp(logits, axis=-1), greedy
 
   columns = (hidden.swapaxes(0, 1), targets.T)
-  return jax.lax.map(one, columns, batch_size=max(1, chunk)).T
+  logprobs, greedy = jax.lax.map(one, columns, batch_size=max(1, chunk))
+  return logprobs.T, greedy.T

@@ -7,7 +7,7 @@ else; where things live is the store's business, when is the schedule's.
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -48,8 +48,9 @@ class Batch:
 class Decoding(Protocol):
   """Follows the requests of a block; see `generate.Progress`."""
 
-  def took(self, i: int, k: int, result: Array) -> None:
-    """Token i (or the scores) of batch k has been dispatched."""
+  def took(self, i: int, k: int, result: Any) -> None:
+    """Token i [B] (or the scores, a pair of [B, T]) of batch k has been
+    dispatched."""
     ...
 
 
@@ -210,17 +211,19 @@ class Engine:
     return self._pending['cache', j, k].result()
 
   def _finish(self, i: int, k: int, weights, hidden) -> Array:
+    """Returns what is there as soon as this compute has ended."""
     batch = self.batches[k]
-    if batch.targets is not None:
-      result = self.compute.score(weights, hidden, batch.targets)
-    else:
-      result = self.compute.pick(
-        weights, hidden, batch.sampling, self._scalar(i), mode=batch.mode
-      )
-      batch.tokens = self.compute.next_input(result)
     self._output = None
-    self.decoding.took(i, k, result)
-    return result
+    if batch.targets is not None:
+      scores = self.compute.score(weights, hidden, batch.targets)
+      self.decoding.took(i, k, scores)
+      return scores[0]
+    tokens = self.compute.pick(
+      weights, hidden, batch.sampling, self._scalar(i), mode=batch.mode
+    )
+    batch.tokens = self.compute.next_input(tokens)
+    self.decoding.took(i, k, tokens)
+    return tokens
 
   def _store_cache(self, i: int, j: int, k: int) -> None:
     index = self.prompt_len + i - 1 if i else 0

@@ -36,11 +36,14 @@ class Score:
     token_ids: its tokens, a leading `</s>` included.
     logprobs: natural logarithm of each token's probability given those
       before it; None for the first, which has none before it.
+    greedy: whether each token is the likeliest one given those before it;
+      None for the first.
   """
 
   index: int
   token_ids: list[int]
   logprobs: list[float | None]
+  greedy: list[bool | None]
 
 
 def load(
@@ -122,7 +125,7 @@ class LLM:
     tokenizer: None for a preset with random weights.
     stats: figures of the latest `generate`, `stream` or `score`.
     on_progress: called as on_progress(what, done, total) while work goes on;
-      `what` is 'load' (weight groups) or 'generate' (tokens).
+      `what` is 'load' (weight groups), 'generate' or 'score' (tokens).
   """
 
   def __init__(
@@ -206,7 +209,8 @@ class LLM:
       self.on_progress('generate', total, total)
 
   def score(self, texts: Sequence[Prompt]) -> list[Score]:
-    """Returns the log-probability of every token of every text.
+    """Returns the log-probability of every token of every text, and whether
+    it is the likeliest one.
 
     Raises:
       InputError: a text is not valid or longer than the context.
@@ -215,14 +219,25 @@ class LLM:
     each = [SamplingParams(max_new_tokens=1)] * len(texts)
     ids = self.encode(texts, each, room=0)
     work = self._prepare(ids, 0)
+    total = sum(map(len, ids))
+    done = 0
     scores = []
     with self._session.measured():
       for block in self._blocks(ids, work):
-        for k, values in self._session.score(block, work):
-          for n, row in zip(block.index[k].tolist(), values, strict=True):
+        for k, logprobs, greedy in self._session.score(block, work):
+          for row, n in enumerate(block.index[k].tolist()):
             if n >= 0:
-              tail = row[len(row) - len(ids[n]) : -1].tolist()
-              scores.append(Score(n, ids[n], [None, *tail]))
+              tail = slice(block.start[k, row], -1)
+              scores.append(
+                Score(
+                  n,
+                  ids[n],
+                  [None, *logprobs[row, tail].tolist()],
+                  [None, *greedy[row, tail].tolist()],
+                )
+              )
+              done += len(ids[n])
+        self.on_progress('score', done, total)
     return scores
 
   def encode(

@@ -373,14 +373,20 @@ class Session:
       )
     return self.plan
 
-  def score(self, block: Block, work: Workload) -> list[tuple[int, np.ndarray]]:
-    """Returns (k, [B, T]) log-probabilities of each column's next token."""
+  def score(
+    self, block: Block, work: Workload
+  ) -> list[tuple[int, np.ndarray, np.ndarray]]:
+    """Scores each column's next token.
+
+    Returns:
+      (k, [B, T] log-probabilities, [B, T] whether it is the likeliest).
+    """
     self._check_current(work)
     began = time.perf_counter()
-    results: dict[int, jax.Array] = {}
+    results: dict[int, tuple[jax.Array, jax.Array]] = {}
 
     class Collect:
-      def took(self, i: int, k: int, result: jax.Array) -> None:
+      def took(self, i: int, k: int, result: Any) -> None:
         results[k] = result
 
       def wanted(self, i: int, k: int, now: bool) -> bool:
@@ -388,13 +394,13 @@ class Session:
 
     batches = [self._batch(block, k, None) for k in range(len(block.ids))]
     self._execute(Collect(), batches, work, 1)
-    values = sorted(jax.device_get(results).items())
+    scores = jax.device_get(results)
     self._totals['prefill_seconds'] += time.perf_counter() - began
     real = block.index >= 0
     self._totals['scored_tokens'] += int(
       (block.ids.shape[2] - block.start - 1)[real].sum()
     )
-    return values
+    return [(k, *scores[k]) for k in sorted(scores)]
 
   def _execute(self, decoding, batches, work: Workload, steps: int) -> None:
     assert self.plan is not None

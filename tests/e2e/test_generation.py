@@ -354,7 +354,8 @@ def test_one_call_after_another(checkpoint, tmp_path, change):
       scores = llm.score(c.prompts[part])
       for score, logprobs in zip(scores, c.logprobs[part], strict=True):
         assert score.logprobs[1:] == pytest.approx(logprobs, abs=2e-4)
-    assert llm.score([[7]])[0].logprobs == [None]
+    [score] = llm.score([[7]])
+    assert score.logprobs == score.greedy == [None]
 
 
 def test_stream_yields_block_by_block(checkpoint):
@@ -372,6 +373,11 @@ def test_stream_yields_block_by_block(checkpoint):
     assert seen[-1] == ('generate', 27, 27)
     with contextlib.closing(llm.stream(c.prompts, params)) as stream:
       next(stream)  # and no more: the next call is not disturbed
+    seen.clear()
+    llm.score(c.prompts)
+    total = sum(map(len, c.prompts))
+    assert [what for what, _, _ in seen] == ['score'] * 3
+    assert seen[-1] == ('score', total, total)
     outputs = llm.generate(c.prompts, params)
     assert tokens(outputs) == [ids[:3] for ids in c.tokens]
 

@@ -152,6 +152,28 @@ def test_policies(checkpoint, tmp_path, changes):
   assert not list(tmp_path.glob('run-*'))
 
 
+@pytest.mark.parametrize('name', MODELS)
+def test_greedy_tokens_are_known(checkpoint, tmp_path, name):
+  """Also in batches of ragged texts whose tokens are in part greedy."""
+  c = checkpoint(name)
+  texts = [p + t for p, t in zip(c.prompts, c.tokens, strict=True)]
+  options = {**DEFAULT, 'batch_size': 2, 'disk_dir': tmp_path}
+  if name != '125m':
+    options |= {'weights': MIXED, 'hidden': MIXED}
+  with flexjax.load(c.path, dtype='float32', **options) as llm:
+    scores = llm.score(texts)
+    compilations = llm.stats.compilations
+    llm.score(texts[::-1])
+    assert llm.stats.compilations == compilations
+  for score, text, prompt in zip(scores, texts, c.prompts, strict=True):
+    likeliest = logits_of(c.model, text).argmax(-1).tolist()
+    expected = [a == b for a, b in zip(likeliest, text[1:], strict=False)]
+    assert score.greedy == [None, *expected]
+    assert all(score.greedy[len(prompt) :])
+  known = [greedy for score in scores for greedy in score.greedy]
+  assert {True, False, None} == set(known)
+
+
 COMBINED = {
   '350m': {'weights': MIXED, 'cache': DISK, 'hidden': MIXED},
   'galactica': {'weights': DISK, 'cache': HOST, 'attention': 'host'},
