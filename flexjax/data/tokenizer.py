@@ -75,10 +75,11 @@ class Tokenizer:
       )
     return cls(backend, {n: str(t) for n, t in names.items()})
 
-  def encode(self, text: str) -> list[int]:
+  def encode(self, text: str, leading: bool = True) -> list[int]:
     """Returns the ids of a text, with the leading token that the model wants.
 
-    Special tokens written out in the text become their ids.
+    Special tokens written out in the text become their ids. Where `leading`
+    is false, the text's own ids are all.
 
     Raises:
       InputError: the text has lone surrogates, which no encoding has.
@@ -90,7 +91,7 @@ class Tokenizer:
         f'the text is not valid Unicode: a lone surrogate at character '
         f'{e.start}'
       ) from None
-    return self._backend.encode(text).ids
+    return self._backend.encode(text, add_special_tokens=leading).ids
 
   def decode(self, ids: Sequence[int]) -> str:
     """Returns the text of some ids, special tokens left out.

@@ -120,6 +120,9 @@ def assert_same(path):
   for text in (*HARD.values(), *EXTRAS):
     ids = ours.encode(text)
     assert ids == theirs(text)['input_ids'], text
+    own = theirs(text, add_special_tokens=False)['input_ids']
+    assert ours.encode(text, leading=False) == own, text
+    assert ours.encode('') + own == ids, text
     decoded = theirs.decode(ids, skip_special_tokens=True)
     assert ours.decode(ids) == decoded, text
     for cut in range(1, min(len(ids), 20)):  # within characters, too
