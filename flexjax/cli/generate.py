@@ -17,8 +17,8 @@ from typing import Any, TextIO
 
 from absl import flags
 
+from flexjax.cli import files, report
 from flexjax.cli import flags as shared
-from flexjax.cli import report
 from flexjax.config import SamplingParams
 from flexjax.errors import InputError
 
@@ -64,7 +64,7 @@ def define() -> None:
 def run() -> None:
   prompts, params = _requests()
   for name in ('output', 'stats'):
-    _check_writable(name, FLAGS[name].value)
+    files.check_writable(name, FLAGS[name].value)
   with (
     shared.open_model() as llm,
     report.progress(llm),
@@ -108,21 +108,12 @@ def _requests() -> tuple[list, list[SamplingParams]]:
   if FLAGS.prompt:
     return FLAGS.prompt, [default] * len(FLAGS.prompt)
   path = Path(FLAGS.input)
-  try:
-    # Not splitlines: JSON strings may hold what Unicode calls a line's end.
-    lines = path.read_text(encoding='utf-8').split('\n')
-  except (OSError, UnicodeDecodeError) as e:
-    raise InputError(f"--input '{path}' cannot be read: {e}") from None
+  lines = files.read_lines(path, 'prompts')
   if FLAGS.output and Path(FLAGS.output).resolve() == path.resolve():
     raise InputError('--output would overwrite --input')
-  numbered = [(n, line) for n, line in enumerate(lines, 1) if line.strip()]
-  if not numbered:
-    raise InputError(f"--input '{path}' holds no prompts")
   if path.suffix != '.jsonl':
-    return [line.rstrip('\r') for _, line in numbered], [default] * len(
-      numbered
-    )
-  parsed = [_parse(f'{path}:{n}', line, default) for n, line in numbered]
+    return [line for _, line in lines], [default] * len(lines)
+  parsed = [_parse(where, line, default) for where, line in lines]
   return [prompt for prompt, _ in parsed], [params for _, params in parsed]
 
 
@@ -130,12 +121,7 @@ def _parse(
   where: str, line: str, default: SamplingParams
 ) -> tuple[Any, SamplingParams]:
   """Reads a JSONL line; `where` names it in errors."""
-  try:
-    fields = json.loads(line)
-  except (ValueError, RecursionError) as e:
-    raise InputError(f'{where}: not JSON: {e}') from None
-  if not isinstance(fields, dict) or 'prompt' not in fields:
-    raise InputError(f"{where}: not an object with a field 'prompt'")
+  fields = files.parse_object(where, line, 'prompt')
   prompt = fields.pop('prompt')
   if not isinstance(prompt, str) and not (
     isinstance(prompt, list) and all(type(token) is int for token in prompt)
@@ -150,17 +136,3 @@ def _parse(
     return prompt, dataclasses.replace(default, **fields)
   except InputError as e:
     raise InputError(f'{where}: {e}') from None
-
-
-def _check_writable(name: str, value: str | None) -> None:
-  if value is None:
-    return
-  path = Path(value)
-  try:
-    new = not path.exists()
-    with open(path, 'a'):
-      pass
-    if new:
-      path.unlink()
-  except OSError as e:
-    raise InputError(f"--{name} '{path}' cannot be written: {e}") from None

@@ -1,0 +1,68 @@
+"""Files that commands read and write: what is wrong with one is one line."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from flexjax.errors import InputError
+
+
+def read_text(path: Path) -> str:
+  """Returns the text of --input, byte for byte.
+
+  Raises:
+    InputError: it cannot be read, or is not UTF-8.
+  """
+  try:
+    return path.read_bytes().decode('utf-8')
+  except (OSError, UnicodeDecodeError) as e:
+    raise InputError(f"--input '{path}' cannot be read: {e}") from None
+
+
+def read_lines(path: Path, what: str) -> list[tuple[str, str]]:
+  """Returns the lines of --input that are not blank, each with its place.
+
+  Raises:
+    InputError: the same, or there are none; `what` says of what.
+  """
+  # Not splitlines: JSON strings may hold what Unicode calls a line's end.
+  lines = io.StringIO(read_text(path), newline=None)
+  numbered = [
+    (f'{path}:{n}', line.removesuffix('\n'))
+    for n, line in enumerate(lines, 1)
+    if line.strip()
+  ]
+  if not numbered:
+    raise InputError(f"--input '{path}' holds no {what}")
+  return numbered
+
+
+def parse_object(where: str, line: str, field: str) -> dict[str, Any]:
+  """Reads a line of JSONL; `where` names it in errors.
+
+  Raises:
+    InputError: it is not JSON, or no object with such a field.
+  """
+  try:
+    fields = json.loads(line)
+  except (ValueError, RecursionError) as e:
+    raise InputError(f'{where}: not JSON: {e}') from None
+  if not isinstance(fields, dict) or field not in fields:
+    raise InputError(f"{where}: not an object with a field '{field}'")
+  return fields
+
+
+def check_writable(name: str, value: str | None) -> None:
+  """Raises InputError where the file of flag --name cannot be written."""
+  if value is None:
+    return
+  path = Path(value)
+  try:
+    new = not path.exists()
+    with open(path, 'a'):
+      pass
+    if new:
+      path.unlink()
+  except OSError as e:
+    raise InputError(f"--{name} '{path}' cannot be written: {e}") from None
