@@ -13,7 +13,8 @@ from flexjax.errors import InputError
 FLAGS = flags.FLAGS
 COMMANDS = {
   'generate': 'continue prompts',
-  'bench': 'measure a model on random prompts',
+  'eval': 'measure how well a model predicts a text',
+  'bench': 'measure how fast a model is on random prompts',
   'convert': 'write the disk tier of a model',
 }
 _USAGE = 2  # exit code of bad input

@@ -2,9 +2,10 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import rich.console
 import rich.progress
@@ -48,15 +49,25 @@ def progress(llm: LLM) -> Iterator[None]:
     yield
 
 
-def show(llm: LLM) -> None:
-  """Prints the figures of the latest run, and writes --stats."""
+def show(llm: LLM, figures: Mapping[str, Any] | None = None) -> None:
+  """Prints the figures of the latest run, and writes --stats.
+
+  `figures` are what the run was made to find out; they come first in the
+  table, and are the field `eval` of --stats.
+  """
   table = rich.table.Table(show_header=False, box=None, pad_edge=False)
+  for name, value in (figures or {}).items():
+    text = f'{value:.6g}' if isinstance(value, float) else str(value)
+    table.add_row(name.replace('_', ' '), text)
   for label, value in llm.stats.rows():
     table.add_row(label, value)
   rich.console.Console(stderr=True).print(table)
   if FLAGS.stats:
     path = Path(FLAGS.stats)
     new = path.with_name(path.name + '.new')
-    new.write_text(json.dumps(llm.stats.to_json(), indent=2) + '\n')
+    fields = llm.stats.to_json()
+    if figures:
+      fields['eval'] = figures
+    new.write_text(json.dumps(fields, indent=2) + '\n')
     new.replace(path)
   sys.stderr.flush()
