@@ -132,6 +132,52 @@ class Workload:
 
 
 @dataclasses.dataclass(frozen=True)
+class Packing:
+  """How the numbers of a tensor are stored: as they are, or in groups.
+
+  A group of consecutive numbers keeps `bits` bits for each, and a scale and a
+  minimum of 16 bits for all of them (docs/four_bits.md).
+
+  Attributes:
+    bits: 16 (as they are, whatever the dtype), 8 or 4.
+    group_size: numbers in a group; more where it does not divide an axis.
+  """
+
+  bits: int = 16
+  group_size: int = 64
+
+  @property
+  def packs(self) -> bool:
+    return self.bits < 16
+
+  def group(self, size: int) -> int:
+    """Returns how many numbers of an axis of `size` share a scale.
+
+    It is the smallest even divisor of `size` from `group_size` on, and at
+    most twice that; an axis that is shorter is one group.
+
+    Raises:
+      InputError: there is none.
+    """
+    most = 2 * self.group_size
+    for group in range(min(self.group_size, size), most + 1):
+      if size % group == 0 and group % 2 == 0:
+        return group
+    raise InputError(
+      f'no even group of {self.group_size} to {most} numbers divides {size}'
+    )
+
+  def row_bytes(self, size: int, itemsize: int) -> int:
+    """Returns the bytes of `size` numbers of an axis."""
+    if not self.packs:
+      return size * itemsize
+    return size * self.bits // 8 + 4 * (size // self.group(size))
+
+
+UNPACKED = Packing()
+
+
+@dataclasses.dataclass(frozen=True)
 class Split:
   """Percentages of a class of tensors on device, host and disk."""
 
@@ -175,6 +221,14 @@ class Split:
     return iter(dataclasses.astuple(self))
 
 
+_CHOICES: dict[str, tuple] = {
+  'weight_bits': (16, 8, 4),
+  'cache_bits': (16, 8, 4),
+  'group_size': (32, 64, 128),
+  'rounding': ('search', 'minmax'),
+}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Policy:
   """How a block runs. A split that is None is filled as high up as it fits.
@@ -187,6 +241,12 @@ class Policy:
     overlap: False makes every load and store wait for its turn.
     attention: where decode attention reads the cache: 'device', or 'host'
       (computed by the CPU beside a host-resident cache).
+    weight_bits: 16, 8 or 4 bits for each number of the layers' matrices; None
+      takes what a converted folder holds, else 16. `cache_bits` likewise for
+      keys and values.
+    group_size: numbers that share a scale; None as above, else 64.
+    rounding: how a group's range is chosen: 'search' for the one of least
+      squared error, or 'minmax'; None as above, else 'search'.
   """
 
   weights: Split | None = None
@@ -196,6 +256,10 @@ class Policy:
   prefetch_depth: int = 2
   overlap: bool = True
   attention: str = 'device'
+  weight_bits: int | None = None
+  cache_bits: int = 16
+  group_size: int | None = None
+  rounding: str | None = None
 
   def __post_init__(self) -> None:
     _refuse_unless(
@@ -209,6 +273,17 @@ class Policy:
     _refuse_unless(
       1 <= self.prefetch_depth <= 64,
       f'prefetch_depth must be between 1 and 64, got {self.prefetch_depth}',
+    )
+    for name, choices in _CHOICES.items():
+      value = getattr(self, name)
+      _refuse_unless(
+        value in choices or (value is None and name != 'cache_bits'),
+        f'{name} must be one of {", ".join(map(str, choices))}, got {value!r}',
+      )
+    _refuse_unless(
+      self.attention == 'device' or self.cache_bits == 16,
+      'attention=host needs cache_bits=16: the CPU would expand the whole '
+      'cache for every token',
     )
     _refuse_unless(
       self.attention == 'device' or self.cache in (None, Split(0, 100, 0)),

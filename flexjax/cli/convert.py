@@ -1,9 +1,11 @@
 """flexjax convert: writes a checkpoint's weights into the disk tier, once.
 
   flexjax convert --model=DIR_OR_HUB_ID --disk_dir=/nvme/flexjax
+  flexjax convert --model=DIR_OR_HUB_ID --weight_bits=4 --disk_dir=/nvme/small
 
 Works layer by layer: memory stays small whatever the model's size, and a
-conversion that was killed goes on where it stopped.
+conversion that was killed goes on where it stopped. The folder is a model of
+its own: --model=/nvme/small runs it without the checkpoint.
 """
 
 import rich.console
@@ -29,6 +31,9 @@ def run() -> None:
       FLAGS.model,
       FLAGS.disk_dir,
       dtype=FLAGS.dtype,
+      weight_bits=FLAGS.weight_bits,
+      group_size=FLAGS.group_size,
+      rounding=FLAGS.rounding,
       random_weights=FLAGS.random_weights,
       weights_seed=FLAGS.weights_seed,
       on_group=lambda done, total: status.update(

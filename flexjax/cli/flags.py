@@ -11,8 +11,9 @@ FLAGS = flags.FLAGS
 
 _LOAD = (
   'model', 'dtype', 'weights', 'cache', 'hidden', 'batch_size', 'num_batches',
-  'schedule', 'prefetch_depth', 'overlap', 'attention', 'device_memory',
-  'host_memory', 'disk_dir', 'random_weights', 'weights_seed',
+  'schedule', 'prefetch_depth', 'overlap', 'attention', 'weight_bits',
+  'cache_bits', 'group_size', 'rounding', 'device_memory', 'host_memory',
+  'disk_dir', 'random_weights', 'weights_seed',
 )  # fmt: skip
 
 
@@ -21,8 +22,9 @@ def define_model() -> None:
   flags.DEFINE_string(
     'model',
     None,
-    'Checkpoint directory or hub id; with --random_weights also a preset such '
-    'as opt-1.3b. Default: the small model that ships with flexjax.',
+    'Checkpoint directory, folder that convert has written, or hub id; with '
+    '--random_weights also a preset such as opt-1.3b. Default: the small model '
+    'that ships with flexjax.',
   )
   flags.DEFINE_string(
     'dtype',
@@ -32,6 +34,24 @@ def define_model() -> None:
   )
   flags.DEFINE_string(
     'disk_dir', None, 'Directory of the disk tier. Default: no disk tier.'
+  )
+  flags.DEFINE_integer(
+    'weight_bits',
+    None,
+    "Bits of each number of the layers' matrices: 16, 8 or 4. Default: what a "
+    'converted folder holds, else 16.',
+  )
+  flags.DEFINE_integer(
+    'group_size',
+    None,
+    'Numbers that share a scale and a minimum at 8 or 4 bits: 32, 64 or 128. '
+    'Default: what a converted folder holds, else 64.',
+  )
+  flags.DEFINE_string(
+    'rounding',
+    None,
+    'How a group of weights gets its range: search (of the least squared '
+    "error) or minmax (the numbers' own). Default: as above, else search.",
   )
   flags.DEFINE_bool(
     'random_weights', False, 'Draw the weights instead of reading them.'
@@ -82,6 +102,11 @@ def define_policy() -> None:
     Policy.attention,
     'Where decode attention reads the cache: device, or host (on the CPU, '
     'beside a cache in host memory).',
+  )
+  flags.DEFINE_integer(
+    'cache_bits',
+    Policy.cache_bits,
+    'Bits of each number of the KV cache: 16, 8 or 4.',
   )
   flags.DEFINE_string(
     'device_memory',

@@ -15,6 +15,15 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 
 from flexjax.errors import InputError
 
+FILES = (
+  'tokenizer.json',
+  'vocab.json',
+  'merges.txt',
+  'tokenizer_config.json',
+  'special_tokens_map.json',
+  'added_tokens.json',
+)
+"""All files that a tokenizer may be kept in."""
 _NAMES = ('bos', 'eos', 'unk', 'sep', 'pad', 'cls', 'mask')
 # What OPT was trained with, for directories that do not say.
 _OPT_CONFIG = {

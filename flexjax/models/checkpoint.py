@@ -136,8 +136,8 @@ class Checkpoint:
     A single row that is larger makes a piece of its own.
 
     Raises:
-      InputError: a file shrank since it was opened, or a weight is too large
-        for `dtype`.
+      InputError: a file shrank since it was opened, or a weight is not finite
+        or too large for `dtype`.
     """
     dtype = np.dtype(dtype)
     for name, parts in self._layout[group].items():
@@ -167,7 +167,7 @@ def _read(
 ) -> np.ndarray:
   """Reads rows [begin, end) in `dtype`, rounding to nearest."""
   if tensor.dtype == dtype:
-    return tensor.rows(begin, end)
+    return _finite(tensor, tensor.rows(begin, end))
   out = np.empty((end - begin, *tensor.shape[1:]), dtype)
   step = end - begin
   if out.ndim > 1:
@@ -186,7 +186,24 @@ def _read(
       f"{tensor.path}: tensor '{tensor.name}' has values too large for "
       f'{dtype.name}; use bfloat16 or float32'
     ) from None
-  return out
+  return _finite(tensor, out)
+
+
+def _finite(tensor: LazyTensor, array: np.ndarray) -> np.ndarray:
+  """Returns the array if all of it is finite.
+
+  Numbers of a sign, read as integers, are in their own order, and what is not
+  finite comes last: two maxima are much faster than looking at every one.
+  """
+  bits = 8 * array.itemsize
+  last = np.array(np.inf, array.dtype).view(f'u{array.itemsize}')
+  for kind, limit in (('i', int(last)), ('u', int(last) | 1 << (bits - 1))):
+    if array.size and array.view(f'{kind}{array.itemsize}').max() >= limit:
+      raise InputError(
+        f"{tensor.path}: tensor '{tensor.name}' holds numbers that are not "
+        'finite'
+      )
+  return array
 
 
 def _open_weights(path: Path) -> tuple[list[Path], dict[str, LazyTensor]]:

@@ -30,6 +30,8 @@ ACTIVATIONS = {
   'swish': jax.nn.silu,
   'quick_gelu': lambda x: x * jax.nn.sigmoid(1.702 * x),
 }
+MATRICES = ('qkv', 'out', 'fc1', 'fc2')
+"""The layers' matrices: what may be packed, unlike tables and vectors."""
 _QUERY_CHUNK = 256  # positions; scores beyond it are never held at once
 _SCORE_BYTES = 64 * 2**20  # float32 scores held at once in a prefill
 _MASKED = -1e30  # finite: a row that is all padding must not become NaN
@@ -264,7 +266,12 @@ def linear(x: Array, w: Array, bias: Array | None = None, dtype=None) -> Array:
 
 
 def attend(
-  q: Array, rows: Cache, cache: Cache | None, start: Array, position: Array
+  q: Array,
+  rows: Cache,
+  cache: Cache | None,
+  start: Array,
+  position: Array,
+  stored: Cache | None = None,
 ) -> Array:
   """Causal attention of T new tokens over the cache and over themselves.
 
@@ -275,6 +282,9 @@ def attend(
       tokens; None where there are none yet.
     start: [B] columns of left padding in each row of the batch.
     position: column of the first new token.
+    stored: the new rows as later tokens will read them, where a cache is not
+      exact: every token then sees what it would if tokens came one at a time.
+      Only without a cache.
 
   Returns:
     Attended values [B, N, T, H] in `q`'s dtype; softmax is in float32.
@@ -285,22 +295,33 @@ def attend(
   chunk_bytes = 4 * n * min(t, _QUERY_CHUNK) * t
   return jax.lax.map(
     lambda row: _attend_fresh(*row),
-    (q, rows['k'], rows['v'], start),
+    (q, rows, stored, start),
     batch_size=max(1, min(q.shape[0], _SCORE_BYTES // chunk_bytes)),
   )
 
 
-def _attend_fresh(q, k, v, start):
-  """One prompt: q, k, v [N, T, H]; queries in chunks, keys up to each."""
+def _attend_fresh(q, rows, stored, start):
+  """One prompt: q and rows [N, T, H]; queries in chunks, keys up to each."""
   t = q.shape[1]
+  seen = stored or rows
   out = []
   for begin in range(0, t, _QUERY_CHUNK):
     end = min(begin + _QUERY_CHUNK, t)
-    s = _product('nth,nsh->nts', q[:, begin:end], k[:, :end])
+    now = slice(begin, end)
+    s = _product('nth,nsh->nts', q[:, now], seen['k'][:, :end])
     column = jnp.arange(end)
-    seen = (column <= jnp.arange(begin, end)[:, None]) & (column >= start)
-    p = jax.nn.softmax(jnp.where(seen, s, _MASKED), axis=-1)
-    out.append(_product('nts,nsh->nth', p.astype(v.dtype), v[:, :end]))
+    itself = column == jnp.arange(begin, end)[:, None]
+    if stored:  # a token reads its own key and value as they are
+      own = _product('nth,nth->nt', q[:, now], rows['k'][:, now])
+      s = jnp.where(itself, own[..., None], s)
+    causal = (column <= jnp.arange(begin, end)[:, None]) & (column >= start)
+    p = jax.nn.softmax(jnp.where(causal, s, _MASKED), axis=-1)
+    x = _product('nts,nsh->nth', p.astype(q.dtype), seen['v'][:, :end])
+    if stored:
+      own = jnp.where(itself, p, 0).sum(-1)[..., None]
+      lost = rows['v'][:, now] - seen['v'][:, now]
+      x = x + own * lost.astype(jnp.float32)
+    out.append(x)
   return jnp.concatenate(out, axis=1).astype(q.dtype)
 
 

@@ -6,16 +6,35 @@ runtime reports the same quantities.
 
 import dataclasses
 
-from flexjax.config import ModelConfig, Workload
+from flexjax.config import UNPACKED, ModelConfig, Packing, Workload
 
 _F32 = 4
 SCORE_BYTES = 64 * 2**20  # of float32 scores a prefill holds at once
 SCORED_BYTES = 64 * 2**20  # of float32 logits that scoring holds at once
 
 
-def cache_bytes(config: ModelConfig, work: Workload, itemsize: int) -> int:
+def cache_bytes(
+  config: ModelConfig, work: Workload, packing: Packing, itemsize: int
+) -> int:
   """Bytes of one (layer, batch) KV cache: keys and values [B, N, S, H]."""
-  return 2 * work.batch_size * work.cache_len * config.hidden_size * itemsize
+  row = config.num_heads * packing.row_bytes(config.head_size, itemsize)
+  return 2 * work.batch_size * work.cache_len * row
+
+
+def expanded_bytes(
+  config: ModelConfig, packing: Packing, itemsize: int
+) -> tuple[int, int]:
+  """Bytes of packed matrices while they are expanded.
+
+  Returns:
+    Those of the largest layer, and of the largest matrix: nothing where
+    matrices are not packed.
+  """
+  if not packing.packs:
+    return 0, 0
+  d, f = config.hidden_size, config.ffn_size
+  layer, matrix = max(4 * d * d, 2 * d * f), max(3 * d * d, d * f)
+  return layer * itemsize, matrix * itemsize
 
 
 def hidden_bytes(config: ModelConfig, work: Workload, itemsize: int) -> int:
@@ -46,6 +65,7 @@ def workspace(
   config: ModelConfig,
   work: Workload,
   itemsize: int,
+  packing: Packing = UNPACKED,
   *,
   chunk_tokens: int,
 ) -> Workspace:
@@ -56,7 +76,8 @@ def workspace(
   (3 d), its transposed copy, the normalised input or the attended values, and
   a chunk of scores twice. The MLP holds its inner activations (f),
   once in float32 and once in the compute type. The head holds float32 logits
-  of one position, four times while it sorts them.
+  of one position, four times while it sorts them. A packed cache is expanded
+  whole in decode, keys and values.
   """
   d, f = config.hidden_size, config.ffn_size
   everything = work.batch_size * work.prompt_len * d * itemsize
@@ -70,6 +91,8 @@ def workspace(
   # Decode: scores of the whole cache, twice where queries are doubled.
   columns = work.prompt_len + work.gen_len
   scores = 4 * work.batch_size * config.num_heads * columns * _F32
+  if packing.packs:
+    scores += cache_bytes(config, work, UNPACKED, itemsize)
   mlp = tokens * (f * (_F32 + itemsize) + d * (2 * _F32 + 2 * itemsize))
   logits = work.batch_size * config.vocab_size * _F32
   head = 4 * logits

@@ -16,12 +16,14 @@ from jax import Array
 from flexjax.models import opt
 from flexjax.policy import cost
 from flexjax.runtime import sampling
+from flexjax.runtime.codec import Codec
 
 
 class Compute:
   """The jitted layer functions of one model.
 
   Args:
+    codec: how packed weights and cache are expanded.
     chunk_tokens: a prefill goes through a layer in chunks of rows with at
       most so many tokens, which bounds its temporaries.
 
@@ -30,19 +32,25 @@ class Compute:
     trace_seconds: time spent in calls that had to compile.
   """
 
-  def __init__(self, layers: Sequence[opt.Layer], chunk_tokens: int):
+  def __init__(
+    self, layers: Sequence[opt.Layer], codec: Codec, chunk_tokens: int
+  ):
     self.traces = 0
     self.trace_seconds = 0.0
     modules = {layer.kind: layer.module for layer in layers}
     attention = modules['attention']
+    self._cache_packs = codec.cache.packs
     self._layers = {
-      kind: self._jit(functools.partial(_apply, module, chunk_tokens))
+      kind: self._jit(
+        functools.partial(_apply, module, codec, chunk_tokens), ('reread',)
+      )
       for kind, module in modules.items()
       if kind != 'head'
     }
-    self.project = self._jit(functools.partial(_project, attention))
+    self.expand = self._jit(codec.expand_weights)
+    self.project = self._jit(functools.partial(_project, attention, codec))
     self.attend = self._jit(opt.attend)
-    self.output = self._jit(functools.partial(_output, attention))
+    self.output = self._jit(functools.partial(_output, attention, codec))
     head = modules['head']
     self.pick = self._jit(functools.partial(_pick, head), ('mode',))
     self.score = self._jit(functools.partial(_score, head))
@@ -57,9 +65,17 @@ class Compute:
     cache: opt.Cache | None,
     start: Array,
     position: Array,
+    reread: bool = False,
   ) -> tuple[Array, dict[str, Array] | None]:
-    """Runs an embed, attention or mlp layer: (hidden, new cache rows)."""
-    return self._layers[kind](weights, hidden, cache, start, position)
+    """Runs an embed, attention or mlp layer: (hidden, new cache rows).
+
+    Packed weights may be expanded before, by `expand`, or are in here. With
+    `reread`, a prefill's tokens see each other as a packed cache holds them.
+    """
+    reread = reread and kind == 'attention' and self._cache_packs
+    return self._layers[kind](
+      weights, hidden, cache, start, position, reread=reread
+    )
 
   def _jit(self, function: Callable, static: tuple[str, ...] = ()) -> Any:
     def counted(*args, **kwargs):
@@ -78,9 +94,20 @@ class Compute:
     return call
 
 
-def _apply(module, chunk_tokens, weights, hidden, cache, start, position):
+def _apply(
+  module, codec, chunk_tokens, weights, hidden, cache, start, position, reread
+):
   def layer(hidden, start):
-    return module.apply({'params': weights}, hidden, cache, start, position)
+    # Within the loop over chunks: never more than a layer's needs at a time.
+    params = {'params': codec.expand_weights(weights)}
+    past = codec.expand_cache(cache)
+    if not reread:
+      x, rows = module.apply(params, hidden, past, start, position)
+      return x, codec.pack_rows(rows)
+    q, rows = module.apply(params, hidden, method='project')
+    packed = codec.pack_rows(rows)
+    x = opt.attend(q, rows, None, start, position, codec.expand_cache(packed))
+    return module.apply(params, hidden, x, method='output'), packed
 
   batch, columns = hidden.shape[:2]
   rows = cost.chunk_rows(batch, columns, chunk_tokens)
@@ -98,12 +125,14 @@ def _apply(module, chunk_tokens, weights, hidden, cache, start, position):
   return jax.tree.map(join, out)
 
 
-def _project(module, weights, hidden):
-  return module.apply({'params': weights}, hidden, method='project')
+def _project(module, codec, weights, hidden):
+  params = {'params': codec.expand_weights(weights)}
+  return module.apply(params, hidden, method='project')
 
 
-def _output(module, weights, hidden, x):
-  return module.apply({'params': weights}, hidden, x, method='output')
+def _output(module, codec, weights, hidden, x):
+  params = {'params': codec.expand_weights(weights)}
+  return module.apply(params, hidden, x, method='output')
 
 
 def _pick(module, weights, hidden, params, step, mode):

@@ -3,12 +3,10 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import jax.numpy as jnp
-
-from flexjax.config import format_bytes
+from flexjax.config import Policy, format_bytes
 from flexjax.errors import InputError
-from flexjax.models import opt
-from flexjax.runtime import devices, loading, sources
+from flexjax.runtime import devices, sources
+from flexjax.runtime.weights import Weights
 from flexjax.tiers.disk import DiskTier
 
 
@@ -17,17 +15,22 @@ def convert(
   disk_dir: str | Path,
   *,
   dtype: str = 'auto',
+  weight_bits: int | None = None,
+  group_size: int | None = None,
+  rounding: str | None = None,
   random_weights: bool = False,
   weights_seed: int = 0,
   on_group: Callable[[int, int], None] = lambda done, total: None,
 ) -> str:
   """Writes every weight group that `disk_dir` does not hold yet.
 
+  The folder is then a model of its own, which needs the checkpoint no more.
   Peak memory is a few pieces of at most 32 MiB, whatever the model.
 
   Args:
     dtype: 'auto' is the checkpoint's, and on a CPU, which is slow at
       float16, bfloat16 in its place.
+    weight_bits, group_size, rounding: see `config.Policy`.
 
   Returns:
     One line that says what the folder holds now.
@@ -37,45 +40,32 @@ def convert(
       cannot be written, or has too little room.
   """
   sources.check_dtype(dtype)
+  policy = Policy(
+    weight_bits=weight_bits, group_size=group_size, rounding=rounding
+  )
   root = Path(disk_dir)
   source = sources.find_source(
     model, random_weights=random_weights, seed=weights_seed
   )
   machine = devices.machine()
-  if dtype == 'auto':
-    dtype = loading.held_dtype(root) or source.config.checkpoint_dtype
-    if dtype == 'float16' and machine.platform == 'cpu':
-      dtype = 'bfloat16'
-  groups = opt.weight_groups(source.config)
-  folder = loading.WeightFolder(root, loading.identity(source, dtype))
-  sizes = loading.group_bytes(groups, jnp.dtype(dtype))
-  todo = sum(n for g, n in enumerate(sizes) if g not in folder.complete)
+  weights = Weights(source, root, dtype, policy)
+  dtype = weights.settled or source.config.checkpoint_dtype
+  if not weights.settled and dtype == 'float16' and machine.platform == 'cpu':
+    dtype = 'bfloat16'
+  form = weights.form(dtype)
+  sizes, complete = weights.group_bytes(form), weights.folder(form).complete
+  todo = sum(n for g, n in enumerate(sizes) if g not in complete)
   if todo > (free := devices.free_disk(root)):
     raise InputError(
       f"'{root}' has {format_bytes(free)} free, but {format_bytes(todo)} are "
       'to be written'
     )
   disk = DiskTier(root, machine.pinned, machine.device)
-  done = 0
-
-  def one(group: int) -> None:
-    nonlocal done
-    done += 1
-    on_group(done, len(groups))
-
   try:
-    loading.write_disk(
-      source.weights,
-      groups,
-      range(len(groups)),
-      jnp.dtype(dtype),
-      disk,
-      folder,
-      one,
-    )
+    weights.write(form, disk, on_group)
   finally:
     disk.close()
   return (
-    f"'{root}' holds {source.name} in {dtype}: {format_bytes(sum(sizes))}, "
+    f"'{root}' holds {source.name} in {form}: {format_bytes(sum(sizes))}, "
     f'{format_bytes(todo)} of it written now'
   )

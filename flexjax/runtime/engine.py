@@ -14,7 +14,8 @@ import numpy as np
 from jax import Array
 from jax.sharding import Sharding
 
-from flexjax.models.opt import Layer
+from flexjax.models.opt import MATRICES, Layer
+from flexjax.runtime.codec import is_packed
 from flexjax.runtime.compute import Compute
 from flexjax.runtime.sampling import Sampling
 from flexjax.runtime.store import Store
@@ -61,6 +62,8 @@ class Engine:
     layers: the model's layers, embed first, head last.
     device, cpu: where computing is done; the same on a CPU backend.
     host_attention: attend to cached rows on the CPU.
+    share: expand packed weights once for all batches of a visit, not in
+      every layer function.
     pinned: memory by which small arrays go from device to CPU.
   """
 
@@ -78,7 +81,9 @@ class Engine:
     self.layers, self.compute, self.store = layers, compute, store
     self.device, self.pinned, self.cpu = device, pinned, cpu
     self.host_attention = host_attention
+    self.share = False
     self._weights: dict[int, tuple[Pending, int]] = {}
+    self._expanded: dict[int, dict[str, Array]] = {}
     self._pending: dict[tuple[str, int, int], Pending] = {}
     self._output: Array | None = None  # of the latest compute, not yet stored
     self._rows: dict[str, Array] | None = None  # its new cache rows
@@ -150,6 +155,7 @@ class Engine:
       if users > 1:
         self._weights[group] = (pending, users - 1)
       else:
+        self._drop_expanded(group)
         # Computes that are not waited for yet; on a CPU they may end in any
         # order, so the latest alone would not do.
         pending.release(list(self._running.values()))
@@ -163,9 +169,7 @@ class Engine:
 
   def _compute(self, i: int, j: int, k: int) -> None:
     kind = self.layers[j].kind
-    weights: dict[str, Array] = {}
-    for group in self.layers[j].groups:
-      weights |= self._weights[group][0].result()
+    weights = self._weights_of(i, j)
     batch = self.batches[k]
     if kind == 'embed':
       hidden = batch.tokens
@@ -181,12 +185,39 @@ class Engine:
         cache = self._cached(i, j, k)
       position = self._scalar(self.prompt_len + i - 1 if i else 0)
       self._output, self._rows = self.compute.layer(
-        kind, weights, hidden, cache, batch.start, position
+        kind,
+        weights,
+        hidden,
+        cache,
+        batch.start,
+        position,
+        reread=batch.targets is not None,
       )
       self._used = self._output
     del hidden
     self._release(j, k)
     self._running[i, j, k] = self._used
+
+  def _weights_of(self, i: int, j: int) -> dict[str, Array]:
+    """Returns a layer's weights, expanded if several computes share them."""
+    # A single batch's step leaves it to the layer function: one call less.
+    shared = self.share and (i == 0 or len(self.batches) > 1)
+    weights: dict[str, Array] = {}
+    for group in self.layers[j].groups:
+      if group in self._expanded:
+        weights |= self._expanded[group]
+        continue
+      value = self._weights[group][0].result()
+      if shared and any(is_packed(w) for w in value.values()):
+        value = self.compute.expand(value)
+        self._expanded[group] = value
+        self.store.device.borrow(_matrix_bytes(value))
+      weights |= value
+    return weights
+
+  def _drop_expanded(self, group: int) -> None:
+    if (value := self._expanded.pop(group, None)) is not None:
+      self.store.device.borrow(-_matrix_bytes(value))
 
   def _attend_on_host(self, i, j, k, weights, hidden) -> Array:
     """Projects on the device, attends on the CPU, projects back."""
@@ -253,6 +284,8 @@ class Engine:
       pending.release(running)
     for pending, _ in self._weights.values():
       pending.release(running)
+    for group in list(self._expanded):
+      self._drop_expanded(group)
     for left in (self._pending, self._weights, self._running):
       left.clear()
     self._output = self._rows = self._used = None
@@ -263,3 +296,7 @@ class Engine:
     if key not in self._scalars:
       self._scalars[key] = jax.device_put(np.int32(value), key[0])
     return self._scalars[key]
+
+
+def _matrix_bytes(weights: dict[str, Array]) -> int:
+  return sum(w.nbytes for name, w in weights.items() if name in MATRICES)

@@ -59,6 +59,10 @@ def load(
   prefetch_depth: int = 2,
   overlap: bool = True,
   attention: str = 'device',
+  weight_bits: int | None = None,
+  cache_bits: int = 16,
+  group_size: int | None = None,
+  rounding: str | None = None,
   device_memory: int | str | None = None,
   host_memory: int | str | None = None,
   disk_dir: str | Path | None = None,
@@ -68,7 +72,8 @@ def load(
   """Opens a model; its weights are read when it is first used.
 
   Args:
-    model: a checkpoint directory or hub id; None for the bundled model.
+    model: a checkpoint directory, a converted folder or a hub id; None for the
+      bundled model.
     dtype: 'float32', 'bfloat16', 'float16' or 'auto': the checkpoint's on an
       accelerator, on a CPU the fastest that fits.
     weights, cache, hidden: percentages on device, host and disk, such as
@@ -77,6 +82,7 @@ def load(
     num_batches: batches per block, at most; default 1 where all weights lie
       on the device, else 4.
     schedule, prefetch_depth, overlap, attention: see `config.Policy`.
+    weight_bits, cache_bits, group_size, rounding: likewise.
     device_memory, host_memory: budgets in bytes or like '16GiB'; default what
       the machine has.
     disk_dir: directory of the disk tier; without one there is no disk tier.
@@ -94,6 +100,10 @@ def load(
     prefetch_depth=prefetch_depth,
     overlap=overlap,
     attention=attention,
+    weight_bits=weight_bits,
+    cache_bits=cache_bits,
+    group_size=group_size,
+    rounding=rounding,
   )
   for name, value in (('batch_size', batch_size), ('num_batches', num_batches)):
     if value is not None and value < 1:

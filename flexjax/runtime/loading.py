@@ -1,122 +1,55 @@
-"""Weights on their way into the tiers, and the folder that keeps them.
+"""Weights on their way into the tiers, in bounded memory."""
 
-A weight folder's manifest is the only word on what it holds: it names the
-model, the format and every group that is complete, and is replaced in one
-rename after a group has reached the disk. A killed conversion is therefore a
-shorter list, never a lie.
-"""
-
-import fcntl
-import json
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from flexjax.errors import InputError
+from flexjax.runtime.folder import WeightFolder
 from flexjax.runtime.store import Store
 from flexjax.tiers.base import At, Spec, spec_bytes
-from flexjax.tiers.disk import DiskTier
-from flexjax.typing import Shapes, WeightSource
-
-FORMAT = 1
-MANIFEST = 'flexjax.json'
+from flexjax.tiers.disk import DiskTier, read_pieces
+from flexjax.typing import Piece, WeightSource
 
 
-class WeightFolder:
-  """The manifest of the weights below `root`.
+class HeldWeights:
+  """A WeightSource of what a folder holds; of the rest, another one's.
 
   Args:
-    root: the disk tier's directory.
-    identity: what the weights are: model, source, dtype.
-
-  Raises:
-    InputError: the folder holds other weights, or another format.
+    complete: groups that the folder holds.
+    specs: what they consist of.
+    rest: None where the folder must hold everything.
   """
 
-  def __init__(self, root: Path, identity: Mapping[str, Any]):
-    self.root = root
-    self.identity = {'format': FORMAT, **identity}
-    self.complete: set[int] = set()
-    self._read()
+  def __init__(
+    self,
+    root: Path,
+    fingerprint: str,
+    complete: set[int] | frozenset[int],
+    specs: Sequence[Spec],
+    rest: WeightSource | None = None,
+  ):
+    self.fingerprint = fingerprint
+    self._root, self._complete, self._specs = root, complete, specs
+    self._rest = rest
 
-  def _read(self) -> None:
-    root, path = self.root, self.root / MANIFEST
-    if not path.exists():
-      return
-    try:
-      held = json.loads(path.read_text())
-      found = {name: held.get(name) for name in self.identity}
-      self.complete = set(held['complete'])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-      raise InputError(f"'{path}' cannot be read as a manifest: {e}") from None
-    for name, mine in self.identity.items():
-      if found[name] != mine:
-        raise InputError(
-          f"disk_dir '{root}' holds weights of another model or version "
-          f'({name} is {found[name]}, not {mine}); give another --disk_dir or '
-          'delete it'
-        )
-
-  def add(self, group: int) -> None:
-    """Records that a group is complete and on the disk."""
-    self.complete.add(group)
-    path = self.root / MANIFEST
-    new = path.with_suffix('.new')
-    text = json.dumps(self.identity | {'complete': sorted(self.complete)})
-    with open(new, 'w') as f:
-      f.write(text)
-      f.flush()
-      os.fsync(f.fileno())
-    new.replace(path)
-
-  @contextmanager
-  def locked(self):
-    """Lets one process at a time write; others wait for what it leaves.
+  def pieces(self, group: int, dtype: Any) -> Iterator[Piece]:
+    """Yields weight group `group` as it is stored.
 
     Raises:
-      InputError: it has left other weights.
+      OSError: a file is missing or damaged.
     """
-    directory = os.open(self.root, os.O_RDONLY)
-    try:
-      fcntl.flock(directory, fcntl.LOCK_EX)
-      self._read()
-      yield
-    finally:
-      os.close(directory)
-
-
-def identity(source: Any, dtype: str) -> dict[str, str]:
-  """What tells the weights of `source` in `dtype` from any others."""
-  return {'model': source.weights.fingerprint, 'dtype': dtype}
-
-
-def held_dtype(root: Path | None) -> str | None:
-  """Returns the dtype of the weights that a folder already holds."""
-  try:
-    assert root is not None
-    return json.loads((root / MANIFEST).read_text()).get('dtype')
-  except (AssertionError, OSError, ValueError, AttributeError):
-    return None
-
-
-def specs(shapes: Shapes, dtype: Any) -> Spec:
-  return {n: jax.ShapeDtypeStruct(s, dtype) for n, s in shapes.items()}
-
-
-def group_bytes(groups: Sequence[Shapes], dtype: Any) -> list[int]:
-  """Returns the bytes of every weight group in `dtype`."""
-  return [spec_bytes(specs(shapes, dtype)) for shapes in groups]
+    if group in self._complete or self._rest is None:
+      return read_pieces(self._root, ('weights', group), self._specs[group])
+    return self._rest.pieces(group, dtype)
 
 
 def write_disk(
   source: WeightSource,
-  groups: Sequence[Shapes],
+  specs: Sequence[Spec],
   wanted: Sequence[int],
   dtype: Any,
   disk: DiskTier,
@@ -134,7 +67,7 @@ def write_disk(
   with lock:
     for group in wanted:
       key = ('weights', group)
-      disk.allocate(key, specs(groups[group], dtype))
+      disk.allocate(key, specs[group])
       if group not in folder.complete:
         for piece in source.pieces(group, dtype):
           disk.write(key, {piece.name: piece.array}, At(0, piece.row))
@@ -145,7 +78,7 @@ def write_disk(
 
 def fill_memory(
   source: WeightSource,
-  groups: Sequence[Shapes],
+  specs: Sequence[Spec],
   places: Mapping[int, str],
   dtype: Any,
   store: Store,
@@ -158,12 +91,12 @@ def fill_memory(
   """
 
   def read(group: int) -> tuple[int, dict[str, np.ndarray]]:
-    arrays = {n: np.empty(s, dtype) for n, s in groups[group].items()}
+    arrays = {n: np.empty(s.shape, s.dtype) for n, s in specs[group].items()}
     for name, row, array in source.pieces(group, dtype):
       arrays[name][row : row + len(array)] = array
     return group, arrays
 
-  sizes = group_bytes(groups, dtype)
+  sizes = [spec_bytes(spec) for spec in specs]
   order = sorted(places, key=lambda g: (places[g] != 'host', -sizes[g]))
   with ThreadPoolExecutor(threads, 'flexjax-load') as pool:
     waiting = [pool.submit(read, g) for g in order[: threads + 1]]
@@ -171,7 +104,7 @@ def fill_memory(
     while waiting:
       group, arrays = waiting.pop(0).result()
       key = ('weights', group)
-      store.allocate(key, specs(groups[group], dtype), places[group])
+      store.allocate(key, specs[group], places[group])
       store.tiers[places[group]].write(key, arrays)
       on_group(group)
       if (following := next(rest, None)) is not None:

@@ -8,7 +8,15 @@ would make an impossible request fit.
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
-from flexjax.config import ModelConfig, Policy, Split, Workload, format_bytes
+from flexjax.config import (
+  UNPACKED,
+  ModelConfig,
+  Packing,
+  Policy,
+  Split,
+  Workload,
+  format_bytes,
+)
 from flexjax.errors import InputError
 from flexjax.policy import cost
 from flexjax.policy.placement import TIERS, achieved, spread, total, window
@@ -28,6 +36,7 @@ class Problem:
     layers: kind and weight groups of every layer, in order.
     group_bytes: bytes of every weight group.
     itemsize: bytes of an element of hidden states; `cache_itemsize` of cache.
+    packing, cache_packing: how matrices and the cache are stored.
     unified: host and device are one memory, and reads from it move nothing.
     budgets: bytes of each tier; disk 0 where there is none.
     chunk_tokens: see `Compute`.
@@ -41,7 +50,23 @@ class Problem:
   cache_itemsize: int
   unified: bool
   budgets: Mapping[str, int]
+  packing: Packing = UNPACKED
+  cache_packing: Packing = UNPACKED
   chunk_tokens: int = 4096
+
+  @property
+  def share(self) -> bool:
+    """Whether packed matrices are expanded once for all batches of a visit:
+    unless a layer's take more than a quarter of the device."""
+    layer, _ = cost.expanded_bytes(self.config, self.packing, self.itemsize)
+    return 4 * layer <= self.budgets['device']
+
+  @property
+  def cache_bytes(self) -> int:
+    """Bytes of one (layer, batch) cache."""
+    return cost.cache_bytes(
+      self.config, self.work, self.cache_packing, self.cache_itemsize
+    )
 
   @property
   def cached(self) -> tuple[int, ...]:
@@ -60,8 +85,9 @@ class Problem:
       return {('hidden', k): size for k in batches}
     if not self.work.cache_len:
       return {}
-    size = cost.cache_bytes(self.config, self.work, self.cache_itemsize)
-    return {('cache', j, k): size for j in self.cached for k in batches}
+    return {
+      ('cache', j, k): self.cache_bytes for j in self.cached for k in batches
+    }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,11 +141,15 @@ def evaluate(
     problem.config,
     problem.work,
     problem.itemsize,
+    problem.cache_packing,
     chunk_tokens=problem.chunk_tokens,
   ).peak
+  layer, matrix = cost.expanded_bytes(
+    problem.config, problem.packing, problem.itemsize
+  )
+  peak['device'] += layer if problem.share else matrix
   if 'disk' in (places[key] for key in problem.sizes('cache')):
-    rows = cost.cache_bytes(problem.config, problem.work, problem.itemsize)
-    peak['host'] += MAX_WRITES * rows
+    peak['host'] += MAX_WRITES * problem.cache_bytes
   if not problem.unified:  # what comes from disk passes through host buffers
     peak['host'] += _in_flight(problem, policy, places, sizes, {'disk'})
   return Plan(

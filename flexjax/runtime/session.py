@@ -4,7 +4,6 @@ It hides tiers, store, engine and schedule from `LLM`, which knows prompts and
 requests only.
 """
 
-import os
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,18 +15,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flexjax.config import DTYPE_BYTES, Policy, Workload
+from flexjax.config import DTYPE_BYTES, Packing, Policy, Workload
 from flexjax.data.blocks import Block
 from flexjax.errors import InputError
 from flexjax.models import opt
-from flexjax.runtime import devices, loading, sampling, sources
+from flexjax.runtime import devices, sampling, sources
+from flexjax.runtime.codec import Codec
 from flexjax.runtime.compute import Compute
 from flexjax.runtime.engine import Batch, Engine
+from flexjax.runtime.formats import Format
 from flexjax.runtime.generate import Progress, Request
 from flexjax.runtime.meter import Meter
 from flexjax.runtime.plan import Plan, Problem, resolve
 from flexjax.runtime.stats import Stats
 from flexjax.runtime.store import Store
+from flexjax.runtime.weights import Weights
 from flexjax.schedule.zigzag import ORDERS, Shape, actions
 from flexjax.tiers.base import Spec, Tier
 from flexjax.tiers.device import DeviceTier
@@ -72,13 +74,12 @@ class Session:
       'device': budgets['device'] or self.machine.device_memory,
       'host': budgets['host'] or self.machine.host_memory,
     }
-    self.disk_dir = disk_dir
-    self.asked_dtype, self.dtype = dtype, ''
+    self.weights = Weights(source, disk_dir, dtype, policy)
+    self.form: Format | None = None
     self.plan: Plan | None = None
     self.load_seconds = 0.0
     self.store: Store | None = None
     self._stats = Stats()
-    self._groups = opt.weight_groups(source.config)
 
   # Planning and loading.
 
@@ -100,78 +101,75 @@ class Session:
     if self.store is not None:
       fixed = {k: p for k, p in self.store.places.items() if k[0] == 'weights'}
       try:
-        self.plan = self._plan(work, wider, self.dtype, fixed)
+        self.plan = self._plan(work, wider, self.form, fixed)
       except InputError:
-        self.plan = self._plan(work, wider, self.dtype, None)
+        self.plan = self._plan(work, wider, self.form, None)
         self.close()  # it fits only with the weights elsewhere
     if self.store is None:
-      self.dtype = self.dtype or self._choose_dtype(work, wider)
-      self.plan = self._plan(work, wider, self.dtype, None)
+      self.form = self.form or self._choose_form(work, wider)
+      self.plan = self._plan(work, wider, self.form, None)
       self._load(on_progress)
     assert self.plan is not None
     self._allocate(self.plan)
     return self.plan.problem.work
 
-  def _plan(self, work, wider, dtype: str, fixed) -> Plan:
-    plan = resolve(self._problem(work, dtype), self.policy, fixed)
+  def _plan(self, work, wider, form, fixed) -> Plan:
+    plan = resolve(self._problem(work, form), self.policy, fixed)
     if wider is not None and plan.placement['weights']['device'] < 1:
       try:
-        return resolve(self._problem(wider, dtype), self.policy, fixed)
+        return resolve(self._problem(wider, form), self.policy, fixed)
       except InputError:
         pass  # too wide: the narrow one fits
     return plan
 
-  def _problem(self, work: Workload, dtype: str) -> Problem:
-    itemsize = DTYPE_BYTES[dtype]
+  def _problem(self, work: Workload, form: Format) -> Problem:
     return Problem(
       config=self.source.config,
       work=work,
       layers=[
         (layer.kind, layer.groups)
-        for layer in opt.layers(self.source.config, dtype)
+        for layer in opt.layers(self.source.config, form.dtype)
       ],
-      group_bytes=loading.group_bytes(self._groups, jnp.dtype(dtype)),
-      itemsize=itemsize,
-      cache_itemsize=_cache_dtype(dtype, self.policy).itemsize,
+      group_bytes=self.weights.group_bytes(form),
+      itemsize=DTYPE_BYTES[form.dtype],
+      cache_itemsize=_cache_dtype(form.dtype, self.policy).itemsize,
+      packing=form.packing,
+      cache_packing=self._cache_packing(form),
       unified=self.machine.unified,
       chunk_tokens=self.machine.chunk_tokens,
-      budgets=self.budgets | {'disk': self._disk_budget(dtype)},
+      budgets=self.budgets | {'disk': self.weights.disk_budget(form)},
     )
 
-  def _disk_budget(self, dtype: str) -> int:
-    """Free bytes, and those that this model's weights take already."""
-    if self.disk_dir is None:
-      return 0
-    budget = devices.free_disk(self.disk_dir)
-    if (self.disk_dir / loading.MANIFEST).exists():
-      folder = self._folder(dtype)
-      sizes = loading.group_bytes(self._groups, jnp.dtype(dtype))
-      budget += sum(sizes[group] for group in folder.complete)
-    return budget
-
-  def _folder(self, dtype: str) -> loading.WeightFolder:
-    assert self.disk_dir is not None
-    return loading.WeightFolder(
-      self.disk_dir, loading.identity(self.source, dtype)
-    )
-
-  def _choose_dtype(self, work: Workload, wider: Workload | None) -> str:
-    if self.asked_dtype != 'auto':
-      return self.asked_dtype
-    held = loading.held_dtype(self.disk_dir)
-    if held in DTYPE_BYTES:
-      return held
-    if self.machine.platform != 'cpu':
-      return self.source.config.checkpoint_dtype
-    ranked = sources.dtypes_by_speed(self.source.config, work.batch_size)
-    best: tuple[int, str] | None = None
-    for dtype in ranked:
+  def _cache_packing(self, form: Format) -> Packing:
+    size = self.policy.group_size or form.packing.group_size
+    packing = Packing(self.policy.cache_bits, size)
+    if packing.packs:
       try:
-        low = self._plan(work, wider, dtype, None).peak['disk']
+        packing.group(self.source.config.head_size)
+      except InputError as e:
+        raise InputError(
+          f'the cache cannot be stored in {packing.bits} bits: {e}'
+        ) from None
+    return packing
+
+  def _choose_form(self, work: Workload, wider: Workload | None) -> Format:
+    weights, config = self.weights, self.source.config
+    if weights.settled:
+      return weights.form(weights.settled)
+    if self.machine.platform != 'cpu':
+      return weights.form(config.checkpoint_dtype)
+    ranked = [
+      weights.form(dtype)
+      for dtype in sources.dtypes_by_speed(config, work.batch_size)
+    ]
+    best: tuple[int, Format] | None = None
+    for form in ranked:
+      try:
+        low = self._plan(work, wider, form, None).peak['disk']
       except InputError:
         continue
       if best is None or low < best[0]:
-        best = (low, dtype)
+        best = (low, form)
     return best[1] if best else ranked[-1]  # whose refusal is then raised
 
   def _load(self, on_progress: OnProgress) -> None:
@@ -184,17 +182,17 @@ class Session:
   def _fill(self, on_progress: OnProgress) -> None:
     assert self.plan is not None
     began = time.perf_counter()
-    m, plan, dtype = self.machine, self.plan, jnp.dtype(self.dtype)
+    assert self.form is not None
+    m, form = self.machine, self.form
     places = {
       int(key[1]): tier
-      for key, tier in plan.places.items()
+      for key, tier in self.plan.places.items()
       if key[0] == 'weights'
     }
     tiers: dict[str, Tier] = {
       'device': DeviceTier(m.device),
       'host': HostTier(m.pinned, m.device),
     }
-    on_disk = [g for g, tier in places.items() if tier == 'disk']
     attended = None
     if self.policy.attention == 'host':
       attended = HostTier(m.cpu, m.cpu, None if m.unified else m.pinned)
@@ -202,38 +200,18 @@ class Session:
     self.store = Store(tiers, attended, self.meter)
     self._open = [*tiers.values(), *([attended] if attended else [])]
     self._closer = weakref.finalize(self, _close, self._open, self.meter)
-    done = 0
-
-    def on_group(group: int) -> None:
-      nonlocal done
-      done += 1
-      on_progress('load', done, len(places))
-
-    if on_disk:
-      folder = self._folder(self.dtype)
-      disk = self._open_disk()
-      loading.write_disk(
-        self.source.weights,
-        self._groups,
-        on_disk,
-        dtype,
-        disk,
-        folder,
-        on_group,
-      )
-      for group in on_disk:
-        self.store.places['weights', group] = 'disk'
-    loading.fill_memory(
-      self.source.weights,
-      self._groups,
-      {g: tier for g, tier in places.items() if tier != 'disk'},
-      dtype,
+    self.weights.fill(
+      form,
+      places,
       self.store,
-      min(os.cpu_count() or 1, 16),
-      on_group,
+      self._open_disk,
+      lambda done, total: on_progress('load', done, total),
     )
-    layers = opt.layers(self.source.config, dtype)
-    self.compute = Compute(layers, m.chunk_tokens)
+    layers = opt.layers(self.source.config, form.dtype)
+    codec = Codec(
+      self.source.config, form.dtype, form.packing, self._cache_packing(form)
+    )
+    self.compute = Compute(layers, codec, m.chunk_tokens)
     self.engine = Engine(
       layers,
       self.compute,
@@ -248,11 +226,11 @@ class Session:
   def _open_disk(self) -> DiskTier:
     """Returns the disk tier; it is opened when something is to go there."""
     assert self.store is not None
-    assert self.disk_dir is not None
+    assert self.weights.root is not None
     disk = self.store.tiers.get('disk')
     if disk is None:
       m = self.machine
-      disk = DiskTier(self.disk_dir, m.pinned, m.device)
+      disk = DiskTier(self.weights.root, m.pinned, m.device)
       self.store.tiers['disk'] = disk
       self._open.append(disk)
     assert isinstance(disk, DiskTier)
@@ -280,14 +258,17 @@ class Session:
     )
 
   def _specs(self, plan: Plan) -> dict[Key, Spec]:
+    assert self.form is not None
     work, config = plan.problem.work, self.source.config
-    dtype = jnp.dtype(self.dtype)
+    size, dtype = config.head_size, _cache_dtype(self.form.dtype, self.policy)
+    if (packing := plan.problem.cache_packing).packs:
+      size, dtype = packing.row_bytes(size, dtype.itemsize), np.dtype(np.uint8)
     cache = jax.ShapeDtypeStruct(
-      (work.batch_size, config.num_heads, work.cache_len, config.head_size),
-      _cache_dtype(self.dtype, self.policy),
+      (work.batch_size, config.num_heads, work.cache_len, size), dtype
     )
     hidden = jax.ShapeDtypeStruct(
-      (work.batch_size, work.prompt_len, config.hidden_size), dtype
+      (work.batch_size, work.prompt_len, config.hidden_size),
+      jnp.dtype(self.form.dtype),
     )
     specs: dict[Key, Spec] = {
       key: {'k': cache, 'v': cache} for key in plan.problem.sizes('cache')
@@ -327,9 +308,15 @@ class Session:
       placement=self.plan.placement,
       compilations=self.compute.traces,
       load_seconds=self.load_seconds,
-      dtype=self.dtype,
+      dtype=self.form.dtype if self.form else '',
+      stored=self._stored(),
       allocator_peak_bytes=devices.allocator_peak(self.machine),
     )
+
+  def _stored(self) -> dict[str, Any]:
+    """How weights and cache are stored, for the stats."""
+    assert self.form is not None
+    return self.form.to_json() | {'cache_bits': self.policy.cache_bits}
 
   def stats(self) -> Stats:
     return self._stats
@@ -410,6 +397,7 @@ class Session:
       work.num_batches,
       frozenset(self.plan.problem.cached),
     )
+    self.engine.share = self.plan.problem.share
     todo = actions(
       shape,
       ORDERS[self.policy.schedule](shape),

@@ -19,6 +19,8 @@ from flexjax.models import hub, opt, presets
 from flexjax.models.checkpoint import Checkpoint
 from flexjax.models.hf_config import read_config
 from flexjax.models.random_weights import RandomWeights
+from flexjax.runtime.folder import Held, read_manifest
+from flexjax.runtime.loading import HeldWeights
 from flexjax.typing import WeightSource
 
 BUNDLED = Path(flexjax.models.__file__).parent / 'tiny_opt'
@@ -26,12 +28,20 @@ BUNDLED = Path(flexjax.models.__file__).parent / 'tiny_opt'
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """A model that can be loaded; `tokenizer` is None where it has none."""
+  """A model that can be loaded.
+
+  Attributes:
+    tokenizer: None where it has none.
+    path: its directory, if it has one.
+    held: what that holds, where it is a converted folder.
+  """
 
   name: str
   config: ModelConfig
   weights: WeightSource
-  tokenizer: Tokenizer | None
+  tokenizer: Tokenizer | None = None
+  path: Path | None = None
+  held: Held | None = None
 
 
 def find_source(
@@ -40,8 +50,9 @@ def find_source(
   """Finds and checks a model without reading its weights.
 
   Args:
-    model: a checkpoint directory, a hub id, with `random_weights` also a
-      preset such as opt-1.3b; None for the model that ships with flexjax.
+    model: a checkpoint directory, a folder that `convert` has written, a hub
+      id, with `random_weights` also a preset such as opt-1.3b; None for the
+      model that ships with flexjax.
     random_weights: take only the configuration and draw the weights.
     seed: of the random weights.
 
@@ -52,9 +63,13 @@ def find_source(
   preset = str(model).lower().rsplit('/', 1)[-1]
   if random_weights and preset in presets.NAMES and not Path(name).is_dir():
     config = presets.preset(preset)
-    return Source(name, config, RandomWeights(config, seed), None)
+    return Source(name, config, RandomWeights(config, seed))
   if model is None:
     path = BUNDLED
+  elif not (Path(name) / 'config.json').exists() and (
+    held := read_manifest(Path(name))
+  ):
+    return _held_source(name, held)
   else:
     try:
       path = hub.find_checkpoint(name)
@@ -64,15 +79,32 @@ def find_source(
           f'{e}; for benchmarks the preset {preset} runs with --random_weights'
         ) from None
       raise
-  named = ('tokenizer.json', 'vocab.json', 'merges.txt')
-  tokenizer = None  # then prompts are token ids
-  if any((path / name).exists() for name in named):
-    tokenizer = Tokenizer.open(path)
+  tokenizer = _tokenizer(path)
   if random_weights:
     config = read_config(path / 'config.json')
-    return Source(name, config, RandomWeights(config, seed), tokenizer)
+    return Source(name, config, RandomWeights(config, seed), tokenizer, path)
   checkpoint = Checkpoint.open(path)
-  return Source(name, checkpoint.config, checkpoint, tokenizer)
+  return Source(name, checkpoint.config, checkpoint, tokenizer, path)
+
+
+def _held_source(name: str, held: Held) -> Source:
+  """A folder that `convert` has written, as a model of its own."""
+  path, specs = Path(name), held.form.specs(held.config)
+  if missing := len(specs) - len(held.complete):
+    raise InputError(
+      f"'{name}' lacks {missing} of {len(specs)} weight groups: its conversion "
+      'has not ended; run it again'
+    )
+  weights = HeldWeights(path, held.model, held.complete, specs)
+  return Source(name, held.config, weights, _tokenizer(path), path, held)
+
+
+def _tokenizer(path: Path) -> Tokenizer | None:
+  """Returns a directory's tokenizer; without one, prompts are token ids."""
+  named = ('tokenizer.json', 'vocab.json', 'merges.txt')
+  if any((path / name).exists() for name in named):
+    return Tokenizer.open(path)
+  return None
 
 
 def dtypes_by_speed(config: ModelConfig, rows: int) -> list[str]:

@@ -25,6 +25,7 @@ class Stats:
     allocator_peak_bytes: what the device's own allocator says it held at most
       since the process began; None where it does not say.
     dtype: what weights and computing were in.
+    stored: bits, groups and rounding of weights, bits of the cache.
     first_tokens: requests that got a token: what the prefill generated.
   """
 
@@ -41,6 +42,7 @@ class Stats:
   compilations: int = 0
   load_seconds: float = 0.0
   dtype: str = ''
+  stored: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   first_tokens: int = 0
   allocator_peak_bytes: int | None = None
 
@@ -67,10 +69,15 @@ class Stats:
       fields[name] = getattr(self, name)
     return fields
 
+  def _bits(self) -> str:
+    bits = [self.stored.get(f'{n}_bits', 16) for n in ('weight', 'cache')]
+    return f'{bits[0]} bits (weights), {bits[1]} bits (cache)'
+
   def rows(self) -> list[tuple[str, str]]:
     """Returns label and value of a short table."""
     rows = [
       ('computed in', self.dtype),
+      ('stored in', self._bits()),
       ('load', f'{self.load_seconds:.2f} s'),
       ('prefill', f'{self.prefill_seconds:.2f} s'),
       ('decode', f'{self.decode_seconds:.2f} s'),

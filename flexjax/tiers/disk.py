@@ -13,7 +13,7 @@ import shutil
 import threading
 import uuid
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from jax.sharding import Sharding
 
 from flexjax.errors import InputError
 from flexjax.tiers.base import At, Pending, Spec, Tier, Value
-from flexjax.typing import Key
+from flexjax.typing import Key, Piece
 
 _ALIGNMENT = 64  # bytes: what XLA wants of a buffer it uses in place
 MAX_WRITES = 3  # on their way at once: each holds its rows in memory
@@ -90,7 +90,7 @@ class DiskTier(Tier):
     folder = self.root if lasting else self.scratch
     self._arrays[key] = {
       name: ts.open(
-        _array_spec(folder / '.'.join(map(str, key)) / name, s),
+        _array_spec(folder / _folder_of(key) / name, s),
         create=True,
         open=lasting,
         context=self._durable if lasting else self._hasty,
@@ -112,7 +112,7 @@ class DiskTier(Tier):
       }
     )
     if key[0] != 'weights':
-      shutil.rmtree(self.scratch / '.'.join(map(str, key)))
+      shutil.rmtree(self.scratch / _folder_of(key))
 
   def read(self, key: Key, rows: int | None = None) -> Pending:
     future = self._readers.submit(self._read, key, rows, self._writes.get(key))
@@ -165,8 +165,7 @@ class DiskTier(Tier):
       for copy in copies:
         copy.result()
     except ValueError as e:  # how TensorStore says that a file is not right
-      name = '.'.join(map(str, key))
-      raise OSError(f"'{self.root}': {name} cannot be read: {e}") from None
+      raise _unreadable(self.root, key, e) from None
     return views, jax.device_put(views, self.device)
 
   def _write(self, key: Key, value, at: At | None, before: Future | None):
@@ -236,6 +235,35 @@ class _Buffers:
   def give(self, view: np.ndarray, fence: list[jax.Array]) -> None:
     with self._lock:
       self._free.setdefault((view.shape, view.dtype), []).append((view, fence))
+
+
+def read_pieces(root: Path, key: Key, spec: Spec) -> Iterator[Piece]:
+  """Yields what the disk tier below `root` holds of a key, a chunk at a time.
+
+  Raises:
+    OSError: a file is missing or damaged.
+  """
+  context = ts.Context({'cache_pool': {'total_bytes_limit': 0}})
+  try:
+    for name, s in spec.items():
+      path = root / _folder_of(key) / name
+      about = _array_spec(path, s)
+      array = ts.open(about, open=True, context=context).result()
+      grid = about['metadata']['chunk_grid']['configuration']
+      step = grid['chunk_shape'][0]
+      for row in range(0, s.shape[0], step):
+        end = min(row + step, s.shape[0])
+        yield Piece(name, row, array[row:end].read().result())
+  except ValueError as e:  # how TensorStore says that a file is not right
+    raise _unreadable(root, key, e) from None
+
+
+def _folder_of(key: Key) -> str:
+  return '.'.join(map(str, key))
+
+
+def _unreadable(root: Path, key: Key, error: ValueError) -> OSError:
+  return OSError(f"'{root}': {_folder_of(key)} cannot be read: {error}")
 
 
 def _array_spec(path: Path, spec: jax.ShapeDtypeStruct) -> dict[str, Any]:

@@ -42,6 +42,7 @@ STATS = {
   },
   'link_busy_fraction': None,
   'placement': {'weights', 'cache', 'hidden'},
+  'stored': {'dtype', 'weight_bits', 'cache_bits'},
   'compilations': None,
   'load_seconds': None,
 }

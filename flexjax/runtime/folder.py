@@ -1,0 +1,127 @@
+"""The manifest of a weight folder: the only word on what it holds.
+
+It names the model, the format and every group that is complete, and is
+replaced in one rename after a group has reached the disk. A killed conversion
+is therefore a shorter list, never a lie.
+"""
+
+import dataclasses
+import fcntl
+import json
+import os
+from collections.abc import Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from flexjax.config import ModelConfig
+from flexjax.errors import InputError
+from flexjax.runtime.formats import Format
+
+_VERSION = 2
+_NAME = 'flexjax.json'
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+  """What a weight folder's manifest says.
+
+  Attributes:
+    model: fingerprint of the weights' source.
+    form: how they are stored.
+    config: the model that they are of.
+    complete: weight groups that are there.
+  """
+
+  model: str
+  form: Format
+  config: ModelConfig
+  complete: frozenset[int]
+
+
+def read_manifest(root: Path | None) -> Held | None:
+  """Returns what a folder holds; None where it holds no weights.
+
+  Raises:
+    InputError: the manifest cannot be read, or is of another version.
+  """
+  if root is None or not (path := root / _NAME).exists():
+    return None
+  try:
+    fields = json.loads(path.read_text())
+    version = fields['version'] if 'version' in fields else fields['format']
+    if version == _VERSION:
+      return Held(
+        fields['model'],
+        Format.from_json(fields['format']),
+        ModelConfig(**fields['config']),
+        frozenset(fields['complete']),
+      )
+  except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    raise InputError(f"'{path}' cannot be read as a manifest: {e}") from None
+  raise InputError(
+    f"'{root}' was written by another version of flexjax (format {version}, "
+    f'not {_VERSION}); delete it, or give another directory'
+  )
+
+
+class WeightFolder:
+  """The weights below `root`, as they come.
+
+  Raises:
+    InputError: the folder holds other weights, or another version.
+  """
+
+  def __init__(self, root: Path, model: str, form: Format, config: ModelConfig):
+    self.root = root
+    self.form = form
+    self._model, self._config = model, config
+    self.complete: set[int] = set()
+    self._read()
+
+  def _read(self) -> None:
+    if (held := read_manifest(self.root)) is None:
+      return
+    mine: dict[str, Any] = {'model': self._model, **self.form.to_json()}
+    theirs = {'model': held.model, **held.form.to_json()}
+    for name in mine | theirs:
+      if mine.get(name) != theirs.get(name):
+        raise InputError(
+          f"'{self.root}' holds weights of another model or kind ({name} is "
+          f'{theirs.get(name)}, not {mine.get(name)}); give another '
+          '--disk_dir or delete it'
+        )
+    self.complete = set(held.complete)
+
+  def add(self, group: int) -> None:
+    """Records that a group is complete and on the disk."""
+    self.complete.add(group)
+    fields: Mapping[str, Any] = {
+      'version': _VERSION,
+      'model': self._model,
+      'format': self.form.to_json(),
+      'config': dataclasses.asdict(self._config),
+      'complete': sorted(self.complete),
+    }
+    path = self.root / _NAME
+    new = path.with_suffix('.new')
+    with open(new, 'w') as f:
+      f.write(json.dumps(fields))
+      f.flush()
+      os.fsync(f.fileno())
+    new.replace(path)
+
+  @contextmanager
+  def locked(self):
+    """Lets one process at a time write; others wait for what it leaves.
+
+    Raises:
+      InputError: it has left other weights.
+    """
+    directory = os.open(self.root, os.O_RDONLY)
+    try:
+      fcntl.flock(directory, fcntl.LOCK_EX)
+      self._read()
+      yield
+    finally:
+      os.close(directory)
