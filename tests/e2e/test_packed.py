@@ -100,7 +100,6 @@ PLACES = {
     '4 and 4',
     {'weights': HOST, 'cache': HOST, 'hidden': HOST, 'schedule': 'row'},
   ),
-  'all on disk': ('4 and 4', {'weights': DISK, 'cache': DISK, 'hidden': DISK}),
   'all on disk, no overlap': (
     '4 and 4',
     {'weights': DISK, 'cache': DISK, 'hidden': DISK, 'overlap': False},
@@ -127,7 +126,6 @@ PLACES = {
     '4 and 16',
     {'cache': HOST, 'attention': 'host', 'schedule': 'row'},
   ),
-  'weights on disk, cache as it is': ('4 and 16', {'weights': DISK}),
   'cache on disk, weights as they are': ('16 and 4', {'cache': DISK}),
   '8 bits, all mixed': (
     '8 and 8, minmax',
@@ -222,7 +220,7 @@ def deep(tmp_path_factory):
 def test_bytes_on_links_and_in_tiers(deep, tmp_path):
   rng = np.random.default_rng(0)
   prompts = [rng.integers(3, 40, 32).tolist() for _ in range(32)]
-  params = SamplingParams(max_new_tokens=8, ignore_eos=True)
+  params = SamplingParams(max_new_tokens=5, ignore_eos=True)
   options = {**BASE, 'dtype': 'bfloat16', 'batch_size': 8, 'num_batches': 4}
   sizes = {}
   for bits in (16, 4):
