@@ -13,6 +13,7 @@ from flexjax.models import opt
 from flexjax.models.checkpoint import Checkpoint
 from flexjax.quant import groupwise
 from flexjax.runtime import codec, formats
+from flexjax.runtime.session import Session
 
 DEVICE, HOST, DISK = (100, 0, 0), (0, 100, 0), (0, 0, 100)
 MIXED = (30, 30, 40)
@@ -155,6 +156,18 @@ def test_placement_changes_nothing(model, prompts, on_device, tmp_path, place):
   got, scored, _ = run(model, prompts, **options)
   assert got == tokens
   assert_close(scored, logprobs, 1e-4)
+
+
+def test_batches_that_shrink(model, prompts, on_device, monkeypatch, tmp_path):
+  """Packed rows of those that go on are kept when others have ended."""
+  monkeypatch.setattr(Session, '_is_worth', lambda *args: True)
+  lengths = (NEW, 1, 3, NEW, 2, NEW)
+  params = [SamplingParams(max_new_tokens=n, ignore_eos=True) for n in lengths]
+  options = {**BASE, **BITS['4 and 4'], 'cache': DISK, 'disk_dir': tmp_path}
+  with flexjax.load(model, **options) as llm:
+    got = [o.token_ids for o in llm.generate(prompts, params)]
+  tokens, *_ = on_device('4 and 4')
+  assert got == [t[:n] for t, n in zip(tokens, lengths, strict=True)]
 
 
 def test_bits_change_the_results(model, prompts, on_device):
