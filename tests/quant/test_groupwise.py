@@ -316,3 +316,16 @@ def test_a_size_that_no_group_divides():
     groupwise.pack(x, Packing(4, 64), MINMAX)
   whole = pack(np.arange(100.0, dtype=np.float32), Packing(8, 64), MINMAX)
   assert whole.shape == (104,)  # one group of 100
+
+
+@pytest.mark.parametrize('bits', [8, 4])
+def test_largest_float16(bits):
+  """Finite numbers stay finite: a rounded scale must not end beyond them."""
+  packing = Packing(bits, 64)
+  x = np.zeros((2, 128), np.float16)
+  x[0, ::3] = x[1, ::5] = 65504
+  x[1, 1::5] = -65504
+  whole = np.asarray(expand(pack(x, packing, MINMAX), packing, 128, 'float16'))
+  assert np.isfinite(whole).all()
+  bound = 131008 * (0.5 / (2**bits - 1) + 2.0**-11) + 64
+  assert np.abs(whole.astype(float) - x).max() <= bound
