@@ -129,6 +129,18 @@ class _Base(nn.Module):
   def weight(self, name: str, *shape: int) -> Array:
     return self.param(name, nn.initializers.normal(0.02), shape, self.dtype)
 
+  def dense(self, name: str, x: Array, out: int, bias: Array | None = None):
+    """x [..., in] times the transposed matrix `name` [out, in].
+
+    With the collection 'squares' mutable, it takes the mean square of every
+    column of x: how much an error in that column of the matrix matters.
+    """
+    if self.is_mutable_collection('squares'):
+      squares = jnp.square(x.astype(jnp.float32))
+      mean = squares.reshape(-1, x.shape[-1]).mean(0)
+      self.sow('squares', name, mean, reduce_fn=lambda _, new: new)
+    return linear(x, self.weight(name, out, x.shape[-1]), bias)
+
   def vectors(self, kind: str) -> Mapping[str, Array]:
     """Unpacks the layer's biases, norm scale and norm offset, in float32."""
     sizes = vector_sizes(self.config, kind)
@@ -199,7 +211,7 @@ class Attention(_Base):
     b, t, d = hidden.shape
     v = self.vectors('attention')
     x = self.norm(hidden, v) if self.config.pre_layer_norm else hidden
-    x = linear(x, self.weight('qkv', 3 * d, d), v.get('qkv'))
+    x = self.dense('qkv', x, 3 * d, v.get('qkv'))
     x = x.reshape(b, t, 3, self.config.num_heads, self.config.head_size)
     x = x.transpose(2, 0, 3, 1, 4)  # [3, B, N, T, H]
     return x[0] * (self.config.head_size**-0.5), {'k': x[1], 'v': x[2]}
@@ -210,7 +222,7 @@ class Attention(_Base):
     b, t, d = hidden.shape
     v = self.vectors('attention')
     x = x.transpose(0, 2, 1, 3).reshape(b, t, d)
-    x = hidden + linear(x, self.weight('out', d, d), v.get('out'))
+    x = hidden + self.dense('out', x, d, v.get('out'))
     return x if self.config.pre_layer_norm else self.norm(x, v)
 
 
@@ -223,10 +235,9 @@ class MLP(_Base):
     c = self.config
     v = self.vectors('mlp')
     x = self.norm(hidden, v) if c.pre_layer_norm else hidden
-    x = linear(x, self.weight('fc1', c.ffn_size, c.hidden_size), v.get('fc1'))
+    x = self.dense('fc1', x, c.ffn_size, v.get('fc1'))
     x = ACTIVATIONS[c.activation](x)
-    x = linear(x, self.weight('fc2', c.hidden_size, c.ffn_size), v.get('fc2'))
-    x = hidden + x
+    x = hidden + self.dense('fc2', x, c.hidden_size, v.get('fc2'))
     return x if c.pre_layer_norm else self.norm(x, v), None
 
 
@@ -272,6 +283,7 @@ def attend(
   start: Array,
   position: Array,
   stored: Cache | None = None,
+  lift: Array | None = None,
 ) -> Array:
   """Causal attention of T new tokens over the cache and over themselves.
 
@@ -285,22 +297,24 @@ def attend(
     stored: the new rows as later tokens will read them, where a cache is not
       exact: every token then sees what it would if tokens came one at a time.
       Only without a cache.
+    lift: [B, N, T, S or T] is added to the scores of the cache, or of `stored`:
+      what its keys lack.
 
   Returns:
     Attended values [B, N, T, H] in `q`'s dtype; softmax is in float32.
   """
   if cache is not None:
-    return _attend_cached(q, rows, cache, start, position)
+    return _attend_cached(q, rows, cache, start, position, lift)
   _, n, t, _ = q.shape
   chunk_bytes = 4 * n * min(t, _QUERY_CHUNK) * t
   return jax.lax.map(
     lambda row: _attend_fresh(*row),
-    (q, rows, stored, start),
+    (q, rows, stored, lift, start),
     batch_size=max(1, min(q.shape[0], _SCORE_BYTES // chunk_bytes)),
   )
 
 
-def _attend_fresh(q, rows, stored, start):
+def _attend_fresh(q, rows, stored, lift, start):
   """One prompt: q and rows [N, T, H]; queries in chunks, keys up to each."""
   t = q.shape[1]
   seen = stored or rows
@@ -311,6 +325,8 @@ def _attend_fresh(q, rows, stored, start):
     s = _product('nth,nsh->nts', q[:, now], seen['k'][:, :end])
     column = jnp.arange(end)
     itself = column == jnp.arange(begin, end)[:, None]
+    if lift is not None:
+      s = s + lift[:, now, :end]
     if stored:  # a token reads its own key and value as they are
       own = _product('nth,nth->nt', q[:, now], rows['k'][:, now])
       s = jnp.where(itself, own[..., None], s)
@@ -325,7 +341,7 @@ def _attend_fresh(q, rows, stored, start):
   return jnp.concatenate(out, axis=1).astype(q.dtype)
 
 
-def _attend_cached(q, rows, cache, start, position):
+def _attend_cached(q, rows, cache, start, position, lift):
   """Two softmaxes in one: over the cache's rows and over the new ones."""
   t = q.shape[2]
   queries = q
@@ -333,6 +349,8 @@ def _attend_cached(q, rows, cache, start, position):
     # XLA:CPU: a single 16-bit query reads the cache at 1 GB/s, two at 7.
     queries = jnp.concatenate([q, q], axis=2)
   old = _product('bnth,bnsh->bnts', queries, cache['k'])
+  if lift is not None:
+    old = old + lift
   new = _product('bnth,bnsh->bnts', queries, rows['k'])
   column = jnp.arange(cache['k'].shape[2])
   seen = (column < position) & (column >= start[:, None])  # [B, S]

@@ -37,7 +37,12 @@ SEARCH = Rounding((1.05, 1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7), 4)
 ROUNDINGS = {'minmax': MINMAX, 'search': SEARCH}
 
 
-def pack(x: Array, packing: Packing, rounding: Rounding) -> Array:
+def pack(
+  x: Array,
+  packing: Packing,
+  rounding: Rounding,
+  importance: Array | None = None,
+) -> Array:
   """Packs the last axis: [..., size] -> uint8 [..., packing.row_bytes].
 
   With one start and no refinement (MINMAX) the error is at most half a scale,
@@ -45,12 +50,18 @@ def pack(x: Array, packing: Packing, rounding: Rounding) -> Array:
   of scale and minimum to 16 bits: float16 for float16 numbers, else bfloat16.
   With more, the squared error of a group is never larger than with one. A
   group of equal numbers is exact if these are 16-bit numbers of that type.
+
+  Args:
+    importance: [size] positive weights of the squared errors; None for equal
+      ones.
   """
   group = packing.group(x.shape[-1])
   kind = _kind(x.dtype)
   levels = 2**packing.bits - 1
   x = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, group)
-  scale, minimum = _choose(x, levels, rounding, kind)
+  weights = jnp.ones(1) if importance is None else importance
+  weights = weights.astype(jnp.float32).reshape(-1, min(weights.size, group))
+  scale, minimum = _choose(x, weights, levels, rounding, kind)
   codes = _codes(x, _f32(scale), _f32(minimum), levels).astype(jnp.uint8)
   if packing.bits == 4:
     half = group // 2
@@ -76,15 +87,23 @@ def expand(
   return x.astype(dtype).reshape(*packed.shape[:-1], size)
 
 
-def _choose(x: Array, levels: int, rounding: Rounding, kind: DTypeLike):
+def _choose(
+  x: Array,
+  weights: Array,
+  levels: int,
+  rounding: Rounding,
+  kind: DTypeLike,
+):
   """Returns scale and minimum [..., groups, 1] of x [..., groups, group]."""
+  weights = jnp.broadcast_to(weights, x.shape[-2:])
   low, high = x.min(-1, keepdims=True), x.max(-1, keepdims=True)
   middle, half = low / 2 + high / 2, high / 2 - low / 2
 
   def start(shrink):
     scale, minimum = half * (2 * shrink / levels), middle - half * shrink
     for _ in range(rounding.rounds):
-      scale, minimum = _fit(x, _codes(x, scale, minimum, levels), scale)
+      codes = _codes(x, scale, minimum, levels)
+      scale, minimum = _fit(x, weights, codes, scale)
     return scale.astype(kind), minimum.astype(kind)
 
   # Not by `start`: the minimum itself, which the middle would round.
@@ -97,7 +116,8 @@ def _choose(x: Array, levels: int, rounding: Rounding, kind: DTypeLike):
   def error(choice):
     scale, minimum = map(_f32, choice)
     codes = _codes(x, scale, minimum, levels)
-    return jnp.square(codes * scale + minimum - x).sum(-1, keepdims=True)
+    squares = jnp.square(codes * scale + minimum - x)
+    return (weights * squares).sum(-1, keepdims=True)
 
   def better(best, shrink):
     new = start(shrink)
@@ -112,13 +132,18 @@ def _choose(x: Array, levels: int, rounding: Rounding, kind: DTypeLike):
   return scale, minimum
 
 
-def _fit(x: Array, codes: Array, scale: Array) -> tuple[Array, Array]:
+def _fit(x: Array, weights: Array, codes: Array, scale: Array):
   """Least-squares scale and minimum of x for given codes."""
-  mean, at = x.mean(-1, keepdims=True), codes.mean(-1, keepdims=True)
-  spread = jnp.square(codes - at).sum(-1, keepdims=True)
-  along = ((codes - at) * (x - mean)).sum(-1, keepdims=True)
+  share = weights / weights.sum(-1, keepdims=True)
+
+  def mean(y):
+    return (share * y).sum(-1, keepdims=True)
+
+  middle, at = mean(x), mean(codes)
+  spread = mean(jnp.square(codes - at))
+  along = mean((codes - at) * (x - middle))
   scale = jnp.where(spread > 0, along / jnp.where(spread > 0, spread, 1), scale)
-  return scale, mean - scale * at
+  return scale, middle - scale * at
 
 
 def _codes(x: Array, scale: Array, minimum: Array, levels: int) -> Array:

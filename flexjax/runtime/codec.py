@@ -12,10 +12,13 @@ from jax import Array
 
 from flexjax.config import ModelConfig, Packing
 from flexjax.models import opt
-from flexjax.quant import groupwise
+from flexjax.quant import groupwise, keys
 
 # New rows are packed at every step, so their ranges are refined, not searched.
-_ROWS = groupwise.Rounding((1.0,), 2)
+ROWS = {
+  'minmax': groupwise.MINMAX,
+  'search': groupwise.Rounding((1.0,), 2),
+}
 
 
 def is_packed(x: Array) -> bool:
@@ -28,14 +31,22 @@ class Codec:
   Args:
     dtype: what layer functions take.
     weights, cache: how matrices, and keys and values, are stored.
+    rounding: of new rows of the cache, a key of `ROWS`.
   """
 
   def __init__(
-    self, config: ModelConfig, dtype: str, weights: Packing, cache: Packing
+    self,
+    config: ModelConfig,
+    dtype: str,
+    weights: Packing,
+    cache: Packing,
+    rounding: str = 'search',
   ):
     self.dtype = jnp.dtype(dtype)
     self.packing, self.cache = weights, cache
+    self._rounding = ROWS[rounding]
     self._head_size = config.head_size
+    self._positions = config.max_positions
     self._columns = {
       name: shape[-1]
       for group in opt.weight_groups(config)
@@ -55,19 +66,32 @@ class Codec:
 
     return {name: one(name, w) for name, w in weights.items()}
 
-  def expand_cache(self, cache: opt.Cache | None) -> opt.Cache | None:
+  def expand_cache(self, cache: opt.Cache) -> dict[str, Array]:
     """Expands keys and values [B, N, S, row_bytes] -> [B, N, S, H]."""
-    if cache is None or not self.cache.packs:
-      return cache
     return {
       name: groupwise.expand(x, self.cache, self._head_size, self.dtype)
       for name, x in cache.items()
     }
 
-  def pack_rows(self, rows: opt.Cache | None) -> opt.Cache | None:
-    """Packs new keys and values [B, N, T, H] -> [B, N, T, row_bytes]."""
-    if rows is None or not self.cache.packs:
-      return rows
+  def pack_rows(
+    self, rows: opt.Cache, waves: Array, start: Array, position: Array
+  ) -> dict[str, Array]:
+    """Packs new keys and values [B, N, T, H] -> [B, N, T, row_bytes].
+
+    Args:
+      waves: [N, H, R], see `quant.keys`; `lift` gives back what they take.
+    """
+    z = self._cosines(rows['k'].shape[2], start, position)
+    lowered = {**rows, 'k': keys.lower(rows['k'], waves, z)}
     return {
-      name: groupwise.pack(x, self.cache, _ROWS) for name, x in rows.items()
+      name: groupwise.pack(x, self.cache, self._rounding)
+      for name, x in lowered.items()
     }
+
+  def lift(self, q: Array, waves: Array, start: Array, columns: int) -> Array:
+    """Scores of queries [B, N, T, H] with what `columns` packed keys lack."""
+    return keys.lift(q, waves, self._cosines(columns, start, 0))
+
+  def _cosines(self, columns: int, start: Array, position: Array | int):
+    t = position + jnp.arange(columns) - start[:, None]  # [B, columns]
+    return keys.cosines(t, self._positions)

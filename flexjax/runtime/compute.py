@@ -39,7 +39,6 @@ class Compute:
     self.trace_seconds = 0.0
     modules = {layer.kind: layer.module for layer in layers}
     attention = modules['attention']
-    self._cache_packs = codec.cache.packs
     self._layers = {
       kind: self._jit(
         functools.partial(_apply, module, codec, chunk_tokens), ('reread',)
@@ -65,16 +64,20 @@ class Compute:
     cache: opt.Cache | None,
     start: Array,
     position: Array,
+    waves: Array | None = None,
     reread: bool = False,
   ) -> tuple[Array, dict[str, Array] | None]:
     """Runs an embed, attention or mlp layer: (hidden, new cache rows).
 
-    Packed weights may be expanded before, by `expand`, or are in here. With
-    `reread`, a prefill's tokens see each other as a packed cache holds them.
+    Packed weights may be expanded before, by `expand`, or are in here.
+
+    Args:
+      waves: of the layer's keys, where the cache is packed; see `quant.keys`.
+      reread: a prefill's tokens see each other as the packed cache holds them.
     """
-    reread = reread and kind == 'attention' and self._cache_packs
+    reread = reread and waves is not None
     return self._layers[kind](
-      weights, hidden, cache, start, position, reread=reread
+      weights, hidden, cache, start, position, waves, reread=reread
     )
 
   def _jit(self, function: Callable, static: tuple[str, ...] = ()) -> Any:
@@ -95,18 +98,32 @@ class Compute:
 
 
 def _apply(
-  module, codec, chunk_tokens, weights, hidden, cache, start, position, reread
+  module,
+  codec,
+  chunk_tokens,
+  weights,
+  hidden,
+  cache,
+  start,
+  position,
+  waves,
+  reread,
 ):
   def layer(hidden, start):
     # Within the loop over chunks: never more than a layer's needs at a time.
     params = {'params': codec.expand_weights(weights)}
-    past = codec.expand_cache(cache)
-    if not reread:
-      x, rows = module.apply(params, hidden, past, start, position)
-      return x, codec.pack_rows(rows)
+    if waves is None:
+      return module.apply(params, hidden, cache, start, position)
     q, rows = module.apply(params, hidden, method='project')
-    packed = codec.pack_rows(rows)
-    x = opt.attend(q, rows, None, start, position, codec.expand_cache(packed))
+    packed = codec.pack_rows(rows, waves, start, position)
+    past = stored = lift = None
+    if cache is not None:
+      past = codec.expand_cache(cache)
+      lift = codec.lift(q, waves, start, past['k'].shape[2])
+    elif reread:
+      stored = codec.expand_cache(packed)
+      lift = codec.lift(q, waves, start, hidden.shape[1])
+    x = opt.attend(q, rows, past, start, position, stored, lift)
     return module.apply(params, hidden, x, method='output'), packed
 
   batch, columns = hidden.shape[:2]

@@ -62,9 +62,13 @@ class Engine:
     layers: the model's layers, embed first, head last.
     device, cpu: where computing is done; the same on a CPU backend.
     host_attention: attend to cached rows on the CPU.
+    pinned: memory by which small arrays go from device to CPU.
+
+  Attributes:
     share: expand packed weights once for all batches of a visit, not in
       every layer function.
-    pinned: memory by which small arrays go from device to CPU.
+    waves: what the keys of each layer have in common, where the cache is
+      packed; see `quant.keys`.
   """
 
   def __init__(
@@ -82,6 +86,7 @@ class Engine:
     self.device, self.pinned, self.cpu = device, pinned, cpu
     self.host_attention = host_attention
     self.share = False
+    self.waves: dict[int, Array] = {}
     self._weights: dict[int, tuple[Pending, int]] = {}
     self._expanded: dict[int, dict[str, Array]] = {}
     self._pending: dict[tuple[str, int, int], Pending] = {}
@@ -191,6 +196,7 @@ class Engine:
         cache,
         batch.start,
         position,
+        self.waves.get(j),
         reread=batch.targets is not None,
       )
       self._used = self._output

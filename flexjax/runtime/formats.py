@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from flexjax.tiers.base import Spec
 from flexjax.typing import Piece, WeightSource
 
 _CHUNK_ELEMENTS = 4 * 2**20  # packed at once: bounds the search's temporaries
+_LEAST_IMPORTANCE = 0.01  # of a column, in parts of the mean
 _AT_ONCE = 2  # chunks that threads may pack at a time
 
 
@@ -94,11 +95,20 @@ class PackedSource:
   """A WeightSource whose matrices are packed on their way.
 
   Packing is done on the device, a few million numbers at a time.
+
+  Args:
+    importance: of every weight group, matrix name -> [columns] how much a
+      squared error matters; equal where a name is missing.
   """
 
-  def __init__(self, source: WeightSource, form: Format):
+  def __init__(
+    self,
+    source: WeightSource,
+    form: Format,
+    importance: Sequence[Mapping[str, np.ndarray]],
+  ):
     self.fingerprint = source.fingerprint
-    self._source = source
+    self._source, self._importance = source, importance
     self._pack = jax.jit(
       functools.partial(
         groupwise.pack,
@@ -114,17 +124,24 @@ class PackedSource:
       if name not in opt.MATRICES:
         yield Piece(name, row, array)
         continue
+      weights = self._importance[group].get(name, np.ones(array.shape[1]))
+      # What is never used today may be tomorrow; nor may all be zero.
+      weights = weights / max(weights.mean(), 1e-30) + _LEAST_IMPORTANCE
       # Chunks of one shape, that there be one compilation for each width.
       step = max(1, _CHUNK_ELEMENTS // array.shape[1])
       for begin in range(0, len(array), step):
         rows = array[begin : begin + step]
-        yield Piece(name, row + begin, self._packed(rows, step))
+        yield Piece(name, row + begin, self._packed(rows, step, weights))
 
-  def _packed(self, rows: np.ndarray, step: int) -> np.ndarray:
+  def _packed(
+    self, rows: np.ndarray, step: int, weights: np.ndarray
+  ) -> np.ndarray:
     count = len(rows)
     if count < step:
       rows = np.concatenate(
         [rows, np.zeros((step - count, rows.shape[1]), rows.dtype)]
       )
     with self._turn:
-      return jax.device_get(self._pack(jax.device_put(rows)))[:count]
+      given = jax.device_put((rows, weights.astype(np.float32)))
+      packed = self._pack(given[0], importance=given[1])
+      return jax.device_get(packed)[:count]

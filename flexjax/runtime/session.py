@@ -209,7 +209,11 @@ class Session:
     )
     layers = opt.layers(self.source.config, form.dtype)
     codec = Codec(
-      self.source.config, form.dtype, form.packing, self._cache_packing(form)
+      self.source.config,
+      form.dtype,
+      form.packing,
+      self._cache_packing(form),
+      form.rounding,
     )
     self.compute = Compute(layers, codec, m.chunk_tokens)
     self.engine = Engine(
@@ -221,6 +225,10 @@ class Session:
       cpu=m.cpu,
       host_attention=self.policy.attention == 'host',
     )
+    if self.policy.cache_bits < 16:
+      waves = jax.device_put(list(self.weights.waves(form)), m.device)
+      cached = self.plan.problem.cached
+      self.engine.waves = dict(zip(cached, waves, strict=True))
     self.load_seconds = time.perf_counter() - began
 
   def _open_disk(self) -> DiskTier:

@@ -34,6 +34,7 @@ class Source:
     tokenizer: None where it has none.
     path: its directory, if it has one.
     held: what that holds, where it is a converted folder.
+    random: its weights are draws.
   """
 
   name: str
@@ -42,6 +43,7 @@ class Source:
   tokenizer: Tokenizer | None = None
   path: Path | None = None
   held: Held | None = None
+  random: bool = False
 
 
 def find_source(
@@ -63,7 +65,7 @@ def find_source(
   preset = str(model).lower().rsplit('/', 1)[-1]
   if random_weights and preset in presets.NAMES and not Path(name).is_dir():
     config = presets.preset(preset)
-    return Source(name, config, RandomWeights(config, seed))
+    return Source(name, config, RandomWeights(config, seed), random=True)
   if model is None:
     path = BUNDLED
   elif not (Path(name) / 'config.json').exists() and (
@@ -82,7 +84,8 @@ def find_source(
   tokenizer = _tokenizer(path)
   if random_weights:
     config = read_config(path / 'config.json')
-    return Source(name, config, RandomWeights(config, seed), tokenizer, path)
+    drawn = RandomWeights(config, seed)
+    return Source(name, config, drawn, tokenizer, path, random=True)
   checkpoint = Checkpoint.open(path)
   return Source(name, checkpoint.config, checkpoint, tokenizer, path)
 

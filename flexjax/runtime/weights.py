@@ -6,19 +6,23 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 
-from flexjax.config import Packing, Policy
+from flexjax.config import UNPACKED, Packing, Policy
 from flexjax.data import tokenizer
 from flexjax.errors import InputError
 from flexjax.runtime import devices, loading
+from flexjax.runtime.codec import Codec
 from flexjax.runtime.folder import WeightFolder, read_manifest
 from flexjax.runtime.formats import Format, PackedSource
+from flexjax.runtime.profile import Profile, no_profile, profile
 from flexjax.runtime.sources import Source, check_dtype
 from flexjax.runtime.store import Store
 from flexjax.tiers.base import spec_bytes
 from flexjax.tiers.disk import DiskTier
 from flexjax.typing import WeightSource
 
+_WAVES = 'waves.npy'
 OnGroup = Callable[[int, int], None]
 
 
@@ -47,23 +51,26 @@ class Weights:
     self._given = held is not None  # else a folder may still be replaced
     held = held or read_manifest(self.root)
     self._held = held.form if held else None
+    self._found: Profile | None = None
     self.settled = dtype if dtype != 'auto' else None
     if self._held and not self.settled:
       self.settled = self._held.dtype
-    if self._given and self.form(self.settled or '') != self._held:
-      raise InputError(
-        f"'{source.name}' holds weights in {self._held}; not in "
-        f'{self.form(self.settled or "")}: that takes the checkpoint'
-      )
+    if self._given and self._held:
+      wanted = self.form(self.settled or '')
+      if wanted.to_json() != self._held.to_json():
+        raise InputError(
+          f"'{source.name}' holds weights in {self._held}; to have them in "
+          f'{wanted} takes the checkpoint'
+        )
 
   def form(self, dtype: str) -> Format:
     """Returns the format of the weights, with `dtype`."""
     asked = self._policy
     held = self._held or Format(dtype)
     bits = asked.weight_bits or held.packing.bits
-    if bits == 16:
-      return Format(dtype)
-    packing = Packing(bits, asked.group_size or held.packing.group_size)
+    packing = UNPACKED
+    if bits < 16:
+      packing = Packing(bits, asked.group_size or held.packing.group_size)
     return Format(dtype, packing, asked.rounding or held.rounding)
 
   def group_bytes(self, form: Format) -> list[int]:
@@ -124,6 +131,11 @@ class Weights:
     assert self.root is not None
     specs, folder = form.specs(self.source.config), self.folder(form)
     self._copy_tokenizer(self.root)
+    if form.packing.packs and not (self.root / _WAVES).exists():
+      new = self.root / (_WAVES + '.new')
+      with open(new, 'wb') as f:
+        np.save(f, self.waves(form))
+      new.replace(self.root / _WAVES)
     loading.write_disk(
       self._source(form, folder),
       specs,
@@ -134,9 +146,30 @@ class Weights:
       lambda group: on_group(group + 1, len(specs)),
     )
 
+  def waves(self, form: Format) -> np.ndarray:
+    """Returns [num_layers, N, H, R], what keys have in common; see
+    `quant.keys`. A folder that was written in packed form has it."""
+    if self.root and (self.root / _WAVES).exists() and _searches(form):
+      return np.load(self.root / _WAVES)
+    return self._profile(form).waves
+
+  def _profile(self, form: Format) -> Profile:
+    """Returns what packing wants to know, found out at the first call."""
+    if self._found is None:
+      config = self.source.config
+      source_form = form if self._given else Format(form.dtype)
+      specs = source_form.specs(config)
+      if self.source.random or not _searches(form):
+        return no_profile(config, len(specs))
+      codec = Codec(config, form.dtype, source_form.packing, UNPACKED)
+      self._found = profile(self.source.weights, specs, config, codec)
+    return self._found
+
   def _copy_tokenizer(self, root: Path) -> None:
-    for name in tokenizer.FILES if self.source.path else ():
-      mine, theirs = root / name, self.source.path / name
+    if (path := self.source.path) is None:
+      return
+    for name in tokenizer.FILES:
+      mine, theirs = root / name, path / name
       if theirs.exists() and not mine.exists():
         new = mine.with_name(name + '.new')
         shutil.copyfile(theirs, new)
@@ -145,7 +178,10 @@ class Weights:
   def _source(self, form: Format, folder: WeightFolder | None) -> WeightSource:
     source = self.source.weights
     if form.packing.packs and not self._given:
-      source = PackedSource(source, form)
+      everything = range(len(form.specs(self.source.config)))
+      if folder is None or not folder.complete.issuperset(everything):
+        importance = self._profile(form).importance
+        source = PackedSource(source, form, importance)
     if folder is None:
       return source
     return loading.HeldWeights(
@@ -155,3 +191,7 @@ class Weights:
       form.specs(self.source.config),
       source,
     )
+
+
+def _searches(form: Format) -> bool:
+  return form.rounding == 'search'

@@ -1,0 +1,77 @@
+"""What the experiments share: a `flexjax bench` in a process of its own, and a
+table that every run appends to."""
+
+import csv
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+LINK_BYTES_PER_S = 54e9  # a bare loop's rate, host to device, on an H200
+
+
+def bench(arguments: Sequence[str], timeout: float = 500) -> dict[str, Any]:
+  """Runs `flexjax bench` and returns its --stats.
+
+  Raises:
+    RuntimeError: it failed; with the end of what it said.
+  """
+  with tempfile.TemporaryDirectory() as folder:
+    stats = Path(folder) / 'stats.json'
+    command = [sys.executable, '-m', 'flexjax', 'bench', *arguments]
+    done = subprocess.run(
+      [*command, f'--stats={stats}'],
+      capture_output=True,
+      text=True,
+      timeout=timeout,
+      check=False,
+    )
+    if done.returncode:
+      raise RuntimeError(f'{" ".join(command)}: {done.stderr[-2000:]}')
+    return json.loads(stats.read_text())
+
+
+def record(
+  row: str,
+  commit: str,
+  arguments: Sequence[str],
+  stats: Mapping[str, Any],
+  steps: int,
+) -> dict[str, Any]:
+  """Returns the figures of a run of `steps` tokens, the link's bound beside."""
+  down = stats['link_bytes']['host_to_device']
+  gib = {tier: n / 2**30 for tier, n in stats['peak_bytes'].items()}
+  return {
+    'row': row,
+    'commit': commit,
+    'tokens_per_s': round(stats['throughput_tokens_per_s'], 2),
+    'prefill_s': round(stats['prefill_seconds'], 3),
+    'decode_step_s': round(stats['decode_seconds'] / (steps - 1), 4),
+    'link_bound_step_s': round(down / steps / LINK_BYTES_PER_S, 4),
+    'load_s': round(stats['load_seconds'], 1),
+    'peak_device_gib': round(gib['device'], 2),
+    'allocator_peak_gib': round(
+      stats.get('allocator_peak_bytes', 0) / 2**30, 2
+    ),
+    'peak_host_gib': round(gib['host'], 2),
+    'host_to_device_gb': round(down / 1e9, 2),
+    'device_to_host_gb': round(stats['link_bytes']['device_to_host'] / 1e9, 2),
+    'link_busy': round(stats['link_busy_fraction'], 3),
+    'compilations': stats['compilations'],
+    'arguments': ' '.join(arguments),
+  }  # fmt: skip
+
+
+def append(path: str | Path, fields: Mapping[str, Any]) -> None:
+  """Adds a line to a table, and prints it."""
+  print(json.dumps(fields), flush=True)
+  path = Path(path)
+  new = not path.exists()
+  with open(path, 'a', newline='') as f:
+    writer = csv.DictWriter(f, fields)
+    if new:
+      writer.writeheader()
+    writer.writerow(fields)

@@ -1,0 +1,97 @@
+"""What packing wants to know of a model, found out without data.
+
+One row of random tokens, as long as the context, goes through the model layer
+by layer. It shows how large every matrix's inputs are, by which errors of the
+matrix are weighted, and what the keys have in common at each position.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from flexjax.config import ModelConfig
+from flexjax.models import opt
+from flexjax.quant import keys
+from flexjax.runtime.codec import Codec
+from flexjax.tiers.base import Spec
+from flexjax.typing import WeightSource
+
+
+class Profile(NamedTuple):
+  """What a model's own activations look like.
+
+  Attributes:
+    importance: of every weight group, matrix name -> [columns] mean square of
+      what the matrix is multiplied by.
+    waves: [num_layers, N, H, R], see `quant.keys`.
+  """
+
+  importance: list[dict[str, np.ndarray]]
+  waves: np.ndarray
+
+
+def profile(
+  source: WeightSource,
+  specs: Sequence[Spec],
+  config: ModelConfig,
+  codec: Codec,
+) -> Profile:
+  """Runs the model once, holding one layer's weights at a time.
+
+  A function of the weights alone: whoever repeats it gets the same.
+
+  Args:
+    specs: of the source's weight groups; packed matrices are expanded.
+  """
+  importance: list[dict[str, np.ndarray]] = [{} for _ in specs]
+  waves = []
+  run = jax.jit(_run, static_argnums=(0, 1))
+  hidden = jnp.asarray(_tokens(config))
+  for layer in opt.layers(config, codec.dtype)[:-1]:
+    weights: dict[str, Any] = {}
+    for group in layer.groups:
+      weights |= _read(source, group, specs[group], codec.dtype)
+    hidden, wave, squares = run(layer.module, codec, weights, hidden)
+    if wave is not None:
+      waves.append(np.asarray(wave))
+    importance[layer.groups[-1]] = {
+      name: np.asarray(x) for name, x in squares.items()
+    }
+  return Profile(importance, np.stack(waves))
+
+
+def _run(module, codec: Codec, weights: dict[str, Array], hidden: Array):
+  params = {'params': codec.expand_weights(weights)}
+  start = jnp.zeros(1, jnp.int32)
+  (hidden, rows), seen = module.apply(
+    params, hidden, None, start, 0, mutable=['squares']
+  )
+  wave = keys.fit(rows['k'][0]) if rows else None
+  return hidden, wave, seen.get('squares', {})
+
+
+def _tokens(config: ModelConfig) -> np.ndarray:
+  rng = np.random.default_rng(0)
+  ids = rng.integers(0, config.vocab_size, (1, config.max_positions), np.int32)
+  if config.bos_id >= 0:
+    ids[0, 0] = config.bos_id
+  return ids
+
+
+def _read(
+  source: WeightSource, group: int, spec: Spec, dtype: Any
+) -> dict[str, np.ndarray]:
+  arrays = {name: np.empty(s.shape, s.dtype) for name, s in spec.items()}
+  for name, row, array in source.pieces(group, dtype):
+    arrays[name][row : row + len(array)] = array
+  return arrays
+
+
+def no_profile(config: ModelConfig, groups: int) -> Profile:
+  """Nothing known: of random weights, which have no structure to find."""
+  shape = (config.num_layers, config.num_heads, config.head_size, keys.TERMS)
+  return Profile([{} for _ in range(groups)], np.zeros(shape, np.float32))
