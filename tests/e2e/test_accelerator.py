@@ -46,11 +46,11 @@ def expected():
   return run(batch_size=3)
 
 
-def run(**policy):
+def run(dtype='float32', **policy):
   params = flexjax.SamplingParams(max_new_tokens=24, ignore_eos=True)
   with (
     jax.default_matmul_precision('highest'),
-    flexjax.load(dtype='float32', **policy) as llm,
+    flexjax.load(dtype=dtype, **policy) as llm,
   ):
     outputs = llm.generate(PROMPTS, params)
     scores = llm.score(PROMPTS)
@@ -63,6 +63,19 @@ def test_policies_agree(policy, expected, tmp_path):
   assert tokens == expected[0]
   for mine, theirs in zip(scores, expected[1], strict=True):
     assert mine == pytest.approx(theirs, abs=2e-4)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('bits', [(4, 16), (16, 4), (4, 4), (8, 8)])
+def test_packed_placements_agree(bits, dtype, tmp_path):
+  packed = {'weight_bits': bits[0], 'cache_bits': bits[1], 'dtype': dtype}
+  expected = run(batch_size=1, **packed)
+  for name in ('host', 'disk', 'all three', 'row order'):
+    folder = tmp_path / name
+    found = run(batch_size=1, disk_dir=folder, **packed, **POLICIES[name])
+    assert found[0] == expected[0], name
+    for mine, theirs in zip(found[1], expected[1], strict=True):
+      assert mine == pytest.approx(theirs, abs=2e-4), name
 
 
 def test_budget_is_the_allocators_cap(tmp_path):
