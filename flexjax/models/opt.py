@@ -132,13 +132,10 @@ class _Base(nn.Module):
   def dense(self, name: str, x: Array, out: int, bias: Array | None = None):
     """x [..., in] times the transposed matrix `name` [out, in].
 
-    With the collection 'squares' mutable, it takes the mean square of every
-    column of x: how much an error in that column of the matrix matters.
+    It is sown into the collection 'inputs', for those who want to know what
+    matrices are multiplied by.
     """
-    if self.is_mutable_collection('squares'):
-      squares = jnp.square(x.astype(jnp.float32))
-      mean = squares.reshape(-1, x.shape[-1]).mean(0)
-      self.sow('squares', name, mean, reduce_fn=lambda _, new: new)
+    self.sow('inputs', name, x, reduce_fn=lambda _, new: new)
     return linear(x, self.weight(name, out, x.shape[-1]), bias)
 
   def vectors(self, kind: str) -> Mapping[str, Array]:

@@ -25,7 +25,7 @@ class Rounding(NamedTuple):
 
   Attributes:
     shrinks: parts of the group's own range that the choice starts from.
-    rounds: least-squares refinements of each start.
+    rounds: least-squares refinements of each start; 0 keeps the range.
   """
 
   shrinks: tuple[float, ...]
@@ -34,35 +34,54 @@ class Rounding(NamedTuple):
 
 MINMAX = Rounding((1.0,), 0)
 SEARCH = Rounding((1.05, 1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7), 4)
+_LARGEST_FLOAT16 = 65504.0
 ROUNDINGS = {'minmax': MINMAX, 'search': SEARCH}
+
+
+class Moments(NamedTuple):
+  """What is known of the vectors that a row is multiplied by.
+
+  Their second moment is taken as along @ along.T plus a diagonal.
+
+  Attributes:
+    squares: [size] mean square of each element, positive.
+    along: [size, R] main directions, each as long as its part is large.
+  """
+
+  squares: Array
+  along: Array
 
 
 def pack(
   x: Array,
   packing: Packing,
   rounding: Rounding,
-  importance: Array | None = None,
+  moments: Moments | None = None,
 ) -> Array:
   """Packs the last axis: [..., size] -> uint8 [..., packing.row_bytes].
 
-  With one start and no refinement (MINMAX) the error is at most half a scale,
-  and the scale a (2**bits - 1)th of the group's range, both up to the rounding
-  of scale and minimum to 16 bits: float16 for float16 numbers, else bfloat16.
-  With more, the squared error of a group is never larger than with one. A
-  group of equal numbers is exact if these are 16-bit numbers of that type.
+  With MINMAX the error is at most half a scale, and the scale a (2**bits -
+  1)th of the group's range, both up to the rounding of scale and minimum to 16
+  bits: float16 for float16 numbers, else bfloat16. A group of equal numbers is
+  exact if these are 16-bit numbers of that type. With SEARCH a group's squared
+  error is never larger than with MINMAX.
 
   Args:
-    importance: [size] positive weights of the squared errors; None for equal
-      ones.
+    moments: for roundings that search: errors count by `squares`, and each
+      group makes up for what the ones before it have done to products with
+      `along`.
   """
   group = packing.group(x.shape[-1])
   kind = _kind(x.dtype)
   levels = 2**packing.bits - 1
   x = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, group)
-  weights = jnp.ones(1) if importance is None else importance
-  weights = weights.astype(jnp.float32).reshape(-1, min(weights.size, group))
-  scale, minimum = _choose(x, weights, levels, rounding, kind)
-  codes = _codes(x, _f32(scale), _f32(minimum), levels).astype(jnp.uint8)
+  if len(rounding.shrinks) > 1:
+    codes, scale, minimum = _search(x, moments, levels, rounding, kind)
+  else:
+    (shrink,), rounds = rounding
+    scale, minimum = _ranges(x, 1.0, levels, shrink, rounds, kind)
+    codes = _codes(x, _f32(scale), _f32(minimum), levels)
+  codes = codes.astype(jnp.uint8)
   if packing.bits == 4:
     half = group // 2
     codes = codes[..., :half] | codes[..., half:] << 4
@@ -84,57 +103,91 @@ def expand(
   if packing.bits == 4:
     codes = jnp.concatenate([codes & 15, codes >> 4], -1)
   x = _f32(codes) * scale + minimum
+  if jnp.dtype(dtype) == jnp.float16:  # a scale that was rounded up
+    x = jnp.clip(x, -_LARGEST_FLOAT16, _LARGEST_FLOAT16)
   return x.astype(dtype).reshape(*packed.shape[:-1], size)
 
 
-def _choose(
-  x: Array,
-  weights: Array,
-  levels: int,
-  rounding: Rounding,
-  kind: DTypeLike,
-):
-  """Returns scale and minimum [..., groups, 1] of x [..., groups, group]."""
-  weights = jnp.broadcast_to(weights, x.shape[-2:])
-  low, high = x.min(-1, keepdims=True), x.max(-1, keepdims=True)
-  middle, half = low / 2 + high / 2, high / 2 - low / 2
+def _search(x, moments, levels: int, rounding: Rounding, kind: DTypeLike):
+  """Returns codes, scale and minimum of x [..., groups, group].
 
-  def start(shrink):
-    scale, minimum = half * (2 * shrink / levels), middle - half * shrink
-    for _ in range(rounding.rounds):
-      codes = _codes(x, scale, minimum, levels)
-      scale, minimum = _fit(x, weights, codes, scale)
-    return scale.astype(kind), minimum.astype(kind)
+  Groups come one after another. What those so far have added to the row's
+  products with `along`, the next one's numbers are shifted against, as far as
+  that is best for the expected square of the whole row's error.
+  """
+  groups, group = x.shape[-2:]
+  if moments is None:
+    moments = Moments(jnp.ones(groups * group), jnp.zeros((groups * group, 1)))
+  weights = moments.squares.reshape(groups, group)
+  along = moments.along.reshape(groups, group, -1)
+  shifts = _shifts(weights, along)
 
-  # Not by `start`: the minimum itself, which the middle would round.
-  plain = ((high / levels - low / levels).astype(kind), low.astype(kind))
-  if rounding == MINMAX:
-    return plain
-  if len(rounding.shrinks) == 1:
-    return start(rounding.shrinks[0])
+  def one(added, given):
+    x, weights, along, shifts = given
+    target = x - added @ shifts.T
+    scale, minimum = _best(target, weights, levels, rounding, kind)
+    codes = _codes(target, _f32(scale), _f32(minimum), levels)
+    error = codes * _f32(scale) + _f32(minimum) - x
+    return added + error @ along, (codes, scale, minimum)
 
-  def error(choice):
-    scale, minimum = map(_f32, choice)
-    codes = _codes(x, scale, minimum, levels)
-    squares = jnp.square(codes * scale + minimum - x)
-    return (weights * squares).sum(-1, keepdims=True)
+  added = jnp.zeros((*x.shape[:-2], along.shape[-1]))
+  rows = (jnp.moveaxis(x, -2, 0), weights, along, shifts)
+  _, found = jax.lax.scan(one, added, rows)
+  return tuple(jnp.moveaxis(part, 0, -2) for part in found)
 
-  def better(best, shrink):
-    new = start(shrink)
-    new = (error(new), *new)
-    take = new[0] < best[0]
-    return jax.tree.map(lambda a, b: jnp.where(take, a, b), new, best), None
 
-  best = (error(plain), *plain)
-  (_, scale, minimum), _ = jax.lax.scan(
-    better, best, jnp.array(rounding.shrinks)
+def _shifts(weights: Array, along: Array) -> Array:
+  """[groups, group, R]: shift of a number by a unit of what has been added.
+
+  With errors e done and those to come free, the minimum of
+  e.T (diag(d) + along @ along.T) e has them at
+  -along / d @ inverse(1 + along.T / d @ along) of what e adds, the sums going
+  over what is to come.
+  """
+  d = jnp.maximum(weights - jnp.square(along).sum(-1), 0.01 * weights)
+  scaled = along / d[..., None]
+  each = jnp.einsum('gir,gis->grs', scaled, along)
+  to_come = jnp.cumsum(each[::-1], 0)[::-1]
+  inverse = jnp.linalg.inv(jnp.eye(along.shape[-1]) + to_come)
+  return scaled @ inverse
+
+
+def _best(x, weights, levels: int, rounding: Rounding, kind: DTypeLike):
+  """Returns scale and minimum [..., 1] of least weighted error."""
+
+  def tried(shrink):
+    return _ranges(x, weights, levels, shrink, rounding.rounds, kind)
+
+  plain = _ranges(x, weights, levels, 1.0, 0, kind)
+  others = jax.vmap(tried)(jnp.array(rounding.shrinks))
+  scale, minimum = jax.tree.map(
+    lambda a, b: jnp.concatenate([a[None], b]), plain, others
   )
-  return scale, minimum
+  codes = _codes(x, _f32(scale), _f32(minimum), levels)
+  squares = jnp.square(codes * _f32(scale) + _f32(minimum) - x)
+  best = (weights * squares).sum(-1, keepdims=True).argmin(0)[None]
+  return tuple(
+    jnp.take_along_axis(part, best, 0)[0] for part in (scale, minimum)
+  )
 
 
-def _fit(x: Array, weights: Array, codes: Array, scale: Array):
+def _ranges(x, weights, levels: int, shrink, rounds: int, kind: DTypeLike):
+  """Returns scale and minimum [..., 1] of x [..., group] from one start."""
+  low, high = x.min(-1, keepdims=True), x.max(-1, keepdims=True)
+  if not rounds:
+    return (high / levels - low / levels).astype(kind), low.astype(kind)
+  middle, half = low / 2 + high / 2, high / 2 - low / 2
+  scale, minimum = half * (2 * shrink / levels), middle - half * shrink
+  for _ in range(rounds):
+    codes = _codes(x, scale, minimum, levels)
+    scale, minimum = _fit(x, weights, codes, scale)
+  return scale.astype(kind), minimum.astype(kind)
+
+
+def _fit(x: Array, weights: Array | float, codes: Array, scale: Array):
   """Least-squares scale and minimum of x for given codes."""
-  share = weights / weights.sum(-1, keepdims=True)
+  weights = jnp.broadcast_to(weights, x.shape[-1:])
+  share = weights / weights.sum()
 
   def mean(y):
     return (share * y).sum(-1, keepdims=True)

@@ -18,7 +18,6 @@ from flexjax.tiers.base import Spec
 from flexjax.typing import Piece, WeightSource
 
 _CHUNK_ELEMENTS = 4 * 2**20  # packed at once: bounds the search's temporaries
-_LEAST_IMPORTANCE = 0.01  # of a column, in parts of the mean
 _AT_ONCE = 2  # chunks that threads may pack at a time
 
 
@@ -97,18 +96,18 @@ class PackedSource:
   Packing is done on the device, a few million numbers at a time.
 
   Args:
-    importance: of every weight group, matrix name -> [columns] how much a
-      squared error matters; equal where a name is missing.
+    moments: of every weight group, matrix name -> what is known of the vectors
+      it is multiplied by.
   """
 
   def __init__(
     self,
     source: WeightSource,
     form: Format,
-    importance: Sequence[Mapping[str, np.ndarray]],
+    moments: Sequence[Mapping[str, groupwise.Moments]],
   ):
     self.fingerprint = source.fingerprint
-    self._source, self._importance = source, importance
+    self._source, self._moments = source, moments
     self._pack = jax.jit(
       functools.partial(
         groupwise.pack,
@@ -124,17 +123,16 @@ class PackedSource:
       if name not in opt.MATRICES:
         yield Piece(name, row, array)
         continue
-      weights = self._importance[group].get(name, np.ones(array.shape[1]))
-      # What is never used today may be tomorrow; nor may all be zero.
-      weights = weights / max(weights.mean(), 1e-30) + _LEAST_IMPORTANCE
-      # Chunks of one shape, that there be one compilation for each width.
+      moments = self._moments[group].get(name)
+      # Chunks of few shapes, because each takes a compilation.
       step = max(1, _CHUNK_ELEMENTS // array.shape[1])
+      step = min(step, 1 << (len(array) - 1).bit_length())
       for begin in range(0, len(array), step):
         rows = array[begin : begin + step]
-        yield Piece(name, row + begin, self._packed(rows, step, weights))
+        yield Piece(name, row + begin, self._packed(rows, step, moments))
 
   def _packed(
-    self, rows: np.ndarray, step: int, weights: np.ndarray
+    self, rows: np.ndarray, step: int, moments: groupwise.Moments | None
   ) -> np.ndarray:
     count = len(rows)
     if count < step:
@@ -142,6 +140,5 @@ class PackedSource:
         [rows, np.zeros((step - count, rows.shape[1]), rows.dtype)]
       )
     with self._turn:
-      given = jax.device_put((rows, weights.astype(np.float32)))
-      packed = self._pack(given[0], importance=given[1])
-      return jax.device_get(packed)[:count]
+      rows, moments = jax.device_put((rows, moments))
+      return jax.device_get(self._pack(rows, moments=moments))[:count]

@@ -1,8 +1,8 @@
 """What packing wants to know of a model, found out without data.
 
 One row of random tokens, as long as the context, goes through the model layer
-by layer. It shows how large every matrix's inputs are, by which errors of the
-matrix are weighted, and what the keys have in common at each position.
+by layer. It shows what every matrix is multiplied by, which says what
+its errors do, and what the keys have in common at each position.
 """
 
 from collections.abc import Sequence
@@ -16,21 +16,26 @@ from jax import Array
 from flexjax.config import ModelConfig
 from flexjax.models import opt
 from flexjax.quant import keys
+from flexjax.quant.groupwise import Moments
 from flexjax.runtime.codec import Codec
 from flexjax.tiers.base import Spec
 from flexjax.typing import WeightSource
+
+_LEAST = 0.01  # of a column's square, in parts of the mean
+_SOME_ROWS = 512
+_DIRECTIONS = 8
 
 
 class Profile(NamedTuple):
   """What a model's own activations look like.
 
   Attributes:
-    importance: of every weight group, matrix name -> [columns] mean square of
-      what the matrix is multiplied by.
+    moments: of every weight group, matrix name -> what is known of the vectors
+      it is multiplied by, as NumPy arrays.
     waves: [num_layers, N, H, R], see `quant.keys`.
   """
 
-  importance: list[dict[str, np.ndarray]]
+  moments: list[dict[str, Moments]]
   waves: np.ndarray
 
 
@@ -47,7 +52,7 @@ def profile(
   Args:
     specs: of the source's weight groups; packed matrices are expanded.
   """
-  importance: list[dict[str, np.ndarray]] = [{} for _ in specs]
+  moments: list[dict[str, Moments]] = [{} for _ in specs]
   waves = []
   run = jax.jit(_run, static_argnums=(0, 1))
   hidden = jnp.asarray(_tokens(config))
@@ -55,23 +60,34 @@ def profile(
     weights: dict[str, Any] = {}
     for group in layer.groups:
       weights |= _read(source, group, specs[group], codec.dtype)
-    hidden, wave, squares = run(layer.module, codec, weights, hidden)
+    hidden, wave, found = run(layer.module, codec, weights, hidden)
     if wave is not None:
       waves.append(np.asarray(wave))
-    importance[layer.groups[-1]] = {
-      name: np.asarray(x) for name, x in squares.items()
-    }
-  return Profile(importance, np.stack(waves))
+    moments[layer.groups[-1]] = jax.device_get(found)
+  return Profile(moments, np.stack(waves))
 
 
 def _run(module, codec: Codec, weights: dict[str, Array], hidden: Array):
   params = {'params': codec.expand_weights(weights)}
   start = jnp.zeros(1, jnp.int32)
   (hidden, rows), seen = module.apply(
-    params, hidden, None, start, 0, mutable=['squares']
+    params, hidden, None, start, 0, mutable=['inputs']
   )
   wave = keys.fit(rows['k'][0]) if rows else None
-  return hidden, wave, seen.get('squares', {})
+  inputs = seen.get('inputs', {})
+  return hidden, wave, {name: _moments(x[0]) for name, x in inputs.items()}
+
+
+def _moments(x: Array) -> Moments:
+  """x [T, columns] -> its second moment, the main directions of some rows."""
+  x = x.astype(jnp.float32)
+  squares = jnp.square(x).mean(0)
+  # What is never used here may be elsewhere; nor may all be zero.
+  squares = squares + _LEAST * squares.mean() + 1e-30
+  some = x[:: -(-len(x) // _SOME_ROWS)]
+  _, vectors = jnp.linalg.eigh(some @ some.T)
+  main = vectors[:, -_DIRECTIONS:]
+  return Moments(squares, some.T @ main / len(some) ** 0.5)
 
 
 def _tokens(config: ModelConfig) -> np.ndarray:

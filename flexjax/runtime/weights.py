@@ -180,8 +180,7 @@ class Weights:
     if form.packing.packs and not self._given:
       everything = range(len(form.specs(self.source.config)))
       if folder is None or not folder.complete.issuperset(everything):
-        importance = self._profile(form).importance
-        source = PackedSource(source, form, importance)
+        source = PackedSource(source, form, self._profile(form).moments)
     if folder is None:
       return source
     return loading.HeldWeights(
