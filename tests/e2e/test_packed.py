@@ -8,11 +8,13 @@ from safetensors.numpy import load_file, save_file
 
 import flexjax
 from flexjax import InputError, SamplingParams
-from flexjax.config import Packing
+from flexjax.config import UNPACKED, Packing
 from flexjax.models import opt
 from flexjax.models.checkpoint import Checkpoint
 from flexjax.quant import groupwise
 from flexjax.runtime import codec, formats
+from flexjax.runtime.formats import Format, PackedSource
+from flexjax.runtime.profile import profile
 from flexjax.runtime.session import Session
 
 DEVICE, HOST, DISK = (100, 0, 0), (0, 100, 0), (0, 0, 100)
@@ -278,16 +280,49 @@ MATRIX_NAMES = {'qkv', 'out', 'fc1', 'fc2'}
 # What the numbers are.
 
 
-def test_a_model_of_expanded_matrices(model, prompts, on_device, tmp_path):
+@pytest.fixture(scope='module')
+def packed(model):
+  """The weight groups as 4 bits hold them, expanded, and the keys' waves."""
+  checkpoint = Checkpoint.open(model)
+  config = checkpoint.config
+  plain, form = Format('float32'), Format('float32', FOUR)
+  exact = codec.Codec(config, 'float32', UNPACKED, UNPACKED)
+  found = profile(checkpoint, plain.specs(config), config, exact)
+  source = PackedSource(checkpoint, form, found.moments)
+  groups = []
+  for n, spec in enumerate(form.specs(config)):
+    group = {name: np.zeros(s.shape, s.dtype) for name, s in spec.items()}
+    for name, row, array in source.pieces(n, np.dtype('f4')):
+      group[name][row : row + len(array)] = array
+    for name in opt.MATRICES & group.keys():
+      size = opt.weight_groups(config)[n][name][-1]
+      group[name] = np.asarray(
+        groupwise.expand(group[name], FOUR, size, 'float32')
+      )
+    groups.append(group)
+  return groups, found.waves
+
+
+def test_a_model_of_expanded_matrices(
+  model, prompts, on_device, packed, tmp_path
+):
   """16 bits of what 4 bits hold: the same model."""
   tensors = load_file(model / 'model.safetensors')
-  count = 0
-  for name, tensor in tensors.items():
-    parts = name.split('.')
-    if 'layers' in parts and tensor.ndim == 2:
-      tensors[name] = np.asarray(there_and_back(tensor))
-      count += 1
-  assert count == 2 * 6
+  for n in range(2):
+    attention, mlp = packed[0][2 + 2 * n : 4 + 2 * n]
+    q, k, v = np.split(attention['qkv'], 3)
+    changed = {
+      'self_attn.q_proj': q,
+      'self_attn.k_proj': k,
+      'self_attn.v_proj': v,
+      'self_attn.out_proj': attention['out'],
+      'fc1': mlp['fc1'],
+      'fc2': mlp['fc2'],
+    }
+    for name, matrix in changed.items():
+      name = f'model.decoder.layers.{n}.{name}.weight'
+      assert np.abs(tensors[name] - matrix).max() > 1e-3
+      tensors[name] = matrix.copy()
   (tmp_path / 'config.json').write_bytes((model / 'config.json').read_bytes())
   save_file(tensors, tmp_path / 'model.safetensors', {'format': 'pt'})
   tokens, logprobs, _ = run(tmp_path, prompts)
@@ -298,18 +333,13 @@ def test_a_model_of_expanded_matrices(model, prompts, on_device, tmp_path):
 class Naive:
   """A model in 4 bits: one text, one token at a time, no padding."""
 
-  def __init__(self, path):
-    checkpoint = Checkpoint.open(path)
-    self.layers = opt.layers(checkpoint.config, 'float32')
-    self.groups = []
-    for n, shapes in enumerate(opt.weight_groups(checkpoint.config)):
-      group = {name: np.zeros(shape, 'f4') for name, shape in shapes.items()}
-      for name, row, array in checkpoint.pieces(n, np.float32):
-        group[name][row : row + len(array)] = array
-      for name in MATRIX_NAMES & group.keys():
-        group[name] = np.asarray(there_and_back(group[name]))
-      self.groups.append(group)
-    self._pack = jax.jit(lambda x: groupwise.pack(x, FOUR, codec._ROWS))
+  def __init__(self, path, groups, waves):
+    config = Checkpoint.open(path).config
+    self.layers = opt.layers(config, 'float32')
+    self.groups, self.waves = groups, waves
+    self.positions = config.max_positions
+    rounding = codec.ROWS['search']
+    self._pack = jax.jit(lambda x: groupwise.pack(x, FOUR, rounding))
     self._expand = jax.jit(lambda x: groupwise.expand(x, FOUR, 64, 'float32'))
     self._apply = jax.jit(
       lambda n, method, w, *args: self.layers[n].module.apply(
@@ -336,13 +366,7 @@ class Naive:
         if layer.kind == 'attention':
           q, rows = self._apply(n, 'project', w, x)
           new = {name: row[0, :, 0] for name, row in rows.items()}
-          held = (
-            new
-            if exact
-            else {
-              name: self._expand(self._pack(row)) for name, row in new.items()
-            }
-          )
+          held = new if exact else self._held(new, n, t)
           seen = [*cache[n], new if own else held]
           cache[n].append(held)
           x = self._apply(n, 'output', w, x, attended(q[0, :, 0], seen))
@@ -355,11 +379,13 @@ class Naive:
       out.append(logits[ids[t + 1]] - total)
     return np.array(out)
 
-
-@jax.jit
-def there_and_back(w):
-  packed = groupwise.pack(w, FOUR, groupwise.SEARCH)
-  return groupwise.expand(packed, FOUR, w.shape[1], w.dtype)
+  def _held(self, new, layer, t):
+    """Rows [N, H] as the cache holds them: keys without their waves."""
+    waves = self.waves[(layer - 1) // 2]
+    angles = np.pi * np.arange(waves.shape[-1]) * (t + 0.5) / self.positions
+    wave = (waves * np.cos(angles)).sum(-1).astype('f4')
+    k = self._expand(self._pack(new['k'] - wave)) + wave
+    return {'k': k, 'v': self._expand(self._pack(new['v']))}
 
 
 def attended(queries, seen):
@@ -372,9 +398,9 @@ def attended(queries, seen):
   return np.einsum('ns,nsh->nh', p, v).astype('f4')[None, :, None]
 
 
-def test_score_reads_what_the_cache_holds(model, prompts, on_device):
+def test_score_reads_what_the_cache_holds(model, prompts, on_device, packed):
   """Teacher forcing: as if tokens came one by one."""
-  naive = Naive(model)
+  naive = Naive(model, *packed)
   some = (0, 2)
   texts = [prompts[n] for n in some]
   expected = [naive.score(ids) for ids in texts]

@@ -114,7 +114,7 @@ def test_source_packs_matrices_piece_by_piece(monkeypatch, rounding):
   )
   for chunk in (128, 3 * 128, 10**6):
     monkeypatch.setattr(formats, '_CHUNK_ELEMENTS', chunk)
-    source = PackedSource(Rows(matrix), form)
+    source = PackedSource(Rows(matrix), form, [{}])
     assert source.fingerprint == 'rows'
     packed = np.zeros(expected.shape, np.uint8)
     table = np.zeros(matrix.shape, jnp.bfloat16)
