@@ -124,11 +124,13 @@ def _search(x, moments, levels: int, rounding: Rounding, kind: DTypeLike):
 
   def one(added, given):
     x, weights, along, shifts = given
-    target = x - added @ shifts.T
+    # Sums, not matrix products: the same in every compilation.
+    target = x - (added[..., None, :] * shifts).sum(-1)
     scale, minimum = _best(target, weights, levels, rounding, kind)
     codes = _codes(target, _f32(scale), _f32(minimum), levels)
     error = codes * _f32(scale) + _f32(minimum) - x
-    return added + error @ along, (codes, scale, minimum)
+    added = added + (error[..., None] * along).sum(-2)
+    return added, (codes, scale, minimum)
 
   added = jnp.zeros((*x.shape[:-2], along.shape[-1]))
   rows = (jnp.moveaxis(x, -2, 0), weights, along, shifts)
@@ -146,10 +148,10 @@ def _shifts(weights: Array, along: Array) -> Array:
   """
   d = jnp.maximum(weights - jnp.square(along).sum(-1), 0.01 * weights)
   scaled = along / d[..., None]
-  each = jnp.einsum('gir,gis->grs', scaled, along)
+  each = _product('gir,gis->grs', scaled, along)
   to_come = jnp.cumsum(each[::-1], 0)[::-1]
   inverse = jnp.linalg.inv(jnp.eye(along.shape[-1]) + to_come)
-  return scaled @ inverse
+  return _product('gir,grs->gis', scaled, inverse)
 
 
 def _best(x, weights, levels: int, rounding: Rounding, kind: DTypeLike):
@@ -208,6 +210,10 @@ def _codes(x: Array, scale: Array, minimum: Array, levels: int) -> Array:
 def _bytes(x: Array) -> Array:
   """16-bit numbers [..., groups, 1] -> uint8 [..., groups, 2]."""
   return jax.lax.bitcast_convert_type(x[..., 0], jnp.uint8)
+
+
+def _product(spec: str, a: Array, b: Array) -> Array:
+  return jnp.einsum(spec, a, b, precision=jax.lax.Precision.HIGHEST)
 
 
 def _f32(x: Array) -> Array:

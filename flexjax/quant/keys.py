@@ -10,6 +10,7 @@ taken off a key before it is packed. Scores get it back: queries times
 coefficients times cosines, an R/H th of the score's own work.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -21,7 +22,7 @@ def fit(keys: Array) -> Array:
   positions = keys.shape[1]
   z = cosines(jnp.arange(positions), positions)
   norm = jnp.where(jnp.arange(TERMS) == 0, 1, 2) / positions
-  return jnp.einsum('nph,pr->nhr', keys.astype(jnp.float32), z) * norm
+  return _product('nph,pr->nhr', keys, z) * norm
 
 
 def cosines(t: Array, positions: int) -> Array:
@@ -32,13 +33,17 @@ def cosines(t: Array, positions: int) -> Array:
 
 def lower(keys: Array, coefficients: Array, z: Array) -> Array:
   """Takes the waves off keys [B, N, T, H]; z is [B, T, R]."""
-  waves = jnp.einsum('nhr,btr->bnth', coefficients, z)
+  waves = _product('nhr,btr->bnth', coefficients, z)
   return (keys.astype(jnp.float32) - waves).astype(keys.dtype)
 
 
 def lift(queries: Array, coefficients: Array, z: Array) -> Array:
   """What lowered keys lack: queries [B, N, T, H] -> scores [B, N, T, S]."""
-  by_term = jnp.einsum(
-    'bnth,nhr->bntr', queries.astype(jnp.float32), coefficients
-  )
-  return jnp.einsum('bntr,bsr->bnts', by_term, z)
+  by_term = _product('bnth,nhr->bntr', queries, coefficients)
+  return _product('bntr,bsr->bnts', by_term, z)
+
+
+def _product(spec: str, a: Array, b: Array) -> Array:
+  """In full precision: what is taken off and what is given back are one."""
+  a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+  return jnp.einsum(spec, a, b, precision=jax.lax.Precision.HIGHEST)

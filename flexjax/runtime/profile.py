@@ -54,7 +54,11 @@ def profile(
   """
   moments: list[dict[str, Moments]] = [{} for _ in specs]
   waves = []
-  run = jax.jit(_run, static_argnums=(0, 1))
+  options = None
+  if jax.default_backend() == 'gpu':
+    # Else each compilation picks its own kernels by trying them out.
+    options = {'xla_gpu_deterministic_ops': True, 'xla_gpu_autotune_level': 0}
+  run = jax.jit(_run, static_argnums=(0, 1), compiler_options=options)
   hidden = jnp.asarray(_tokens(config))
   for layer in opt.layers(config, codec.dtype)[:-1]:
     weights: dict[str, Any] = {}
@@ -85,9 +89,10 @@ def _moments(x: Array) -> Moments:
   # What is never used here may be elsewhere; nor may all be zero.
   squares = squares + _LEAST * squares.mean() + 1e-30
   some = x[:: -(-len(x) // _SOME_ROWS)]
-  _, vectors = jnp.linalg.eigh(some @ some.T)
-  main = vectors[:, -_DIRECTIONS:]
-  return Moments(squares, some.T @ main / len(some) ** 0.5)
+  with jax.default_matmul_precision('highest'):
+    _, vectors = jnp.linalg.eigh(some @ some.T)
+    main = vectors[:, -_DIRECTIONS:]
+    return Moments(squares, some.T @ main / len(some) ** 0.5)
 
 
 def _tokens(config: ModelConfig) -> np.ndarray:
