@@ -280,7 +280,7 @@ def attend(
   start: Array,
   position: Array,
   stored: Cache | None = None,
-  lift: Array | None = None,
+  lift: tuple[Array, Array] | None = None,
 ) -> Array:
   """Causal attention of T new tokens over the cache and over themselves.
 
@@ -294,8 +294,8 @@ def attend(
     stored: the new rows as later tokens will read them, where a cache is not
       exact: every token then sees what it would if tokens came one at a time.
       Only without a cache.
-    lift: [B, N, T, S or T] is added to the scores of the cache, or of `stored`:
-      what its keys lack.
+    lift: float32 [B, N, T, R] and [B, S or T, R], whose product is added to the
+      scores of the cache, or of `stored`: what its keys lack.
 
   Returns:
     Attended values [B, N, T, H] in `q`'s dtype; softmax is in float32.
@@ -322,8 +322,8 @@ def _attend_fresh(q, rows, stored, lift, start):
     s = _product('nth,nsh->nts', q[:, now], seen['k'][:, :end])
     column = jnp.arange(end)
     itself = column == jnp.arange(begin, end)[:, None]
-    if lift is not None:
-      s = s + lift[:, now, :end]
+    if lift:
+      s = s + _lifted('ntr,sr->nts', lift[0][:, now], lift[1][:end])
     if stored:  # a token reads its own key and value as they are
       own = _product('nth,nth->nt', q[:, now], rows['k'][:, now])
       s = jnp.where(itself, own[..., None], s)
@@ -346,8 +346,8 @@ def _attend_cached(q, rows, cache, start, position, lift):
     # XLA:CPU: a single 16-bit query reads the cache at 1 GB/s, two at 7.
     queries = jnp.concatenate([q, q], axis=2)
   old = _product('bnth,bnsh->bnts', queries, cache['k'])
-  if lift is not None:
-    old = old + lift
+  if lift:
+    old = old + _lifted('bntr,bsr->bnts', *lift)
   new = _product('bnth,bnsh->bnts', queries, rows['k'])
   column = jnp.arange(cache['k'].shape[2])
   seen = (column < position) & (column >= start[:, None])  # [B, S]
@@ -362,6 +362,11 @@ def _attend_cached(q, rows, cache, start, position, lift):
   x = _product('bnts,bnsh->bnth', old.astype(q.dtype), cache['v'])
   x = x + _product('bnts,bnsh->bnth', new.astype(q.dtype), rows['v'])
   return (x / total)[:, :, :t].astype(q.dtype)
+
+
+def _lifted(spec: str, a: Array, b: Array) -> Array:
+  """In full precision, as what it gives back was taken off."""
+  return jnp.einsum(spec, a, b, precision=jax.lax.Precision.HIGHEST)
 
 
 def _product(spec: str, a: Array, b: Array) -> Array:

@@ -37,10 +37,10 @@ def lower(keys: Array, coefficients: Array, z: Array) -> Array:
   return (keys.astype(jnp.float32) - waves).astype(keys.dtype)
 
 
-def lift(queries: Array, coefficients: Array, z: Array) -> Array:
-  """What lowered keys lack: queries [B, N, T, H] -> scores [B, N, T, S]."""
-  by_term = _product('bnth,nhr->bntr', queries, coefficients)
-  return _product('bntr,bsr->bnts', by_term, z)
+def by_term(queries: Array, coefficients: Array) -> Array:
+  """Queries [B, N, T, H] -> [B, N, T, R]; times the cosines of the lowered
+  keys' positions, it is what their scores lack."""
+  return _product('bnth,nhr->bntr', queries, coefficients)
 
 
 def _product(spec: str, a: Array, b: Array) -> Array:

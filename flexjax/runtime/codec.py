@@ -88,9 +88,12 @@ class Codec:
       for name, x in lowered.items()
     }
 
-  def lift(self, q: Array, waves: Array, start: Array, columns: int) -> Array:
-    """Scores of queries [B, N, T, H] with what `columns` packed keys lack."""
-    return keys.lift(q, waves, self._cosines(columns, start, 0))
+  def lift(
+    self, q: Array, waves: Array, start: Array, columns: int
+  ) -> tuple[Array, Array]:
+    """What the scores of queries [B, N, T, H] with `columns` packed keys lack:
+    [B, N, T, R] and [B, columns, R], to be multiplied."""
+    return keys.by_term(q, waves), self._cosines(columns, start, 0)
 
   def _cosines(self, columns: int, start: Array, position: Array | int):
     t = position + jnp.arange(columns) - start[:, None]  # [B, columns]

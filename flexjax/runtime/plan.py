@@ -39,6 +39,7 @@ class Problem:
     packing, cache_packing: how matrices and the cache are stored.
     unified: host and device are one memory, and reads from it move nothing.
     budgets: bytes of each tier; disk 0 where there is none.
+    kept: bytes on the device beside all keys, for as long as the model is.
     chunk_tokens: see `Compute`.
   """
 
@@ -52,6 +53,7 @@ class Problem:
   budgets: Mapping[str, int]
   packing: Packing = UNPACKED
   cache_packing: Packing = UNPACKED
+  kept: int = 0
   chunk_tokens: int = 4096
 
   @property
@@ -147,7 +149,7 @@ def evaluate(
   layer, matrix = cost.expanded_bytes(
     problem.config, problem.packing, problem.itemsize
   )
-  peak['device'] += layer if problem.share else matrix
+  peak['device'] += problem.kept + (layer if problem.share else matrix)
   if 'disk' in (places[key] for key in problem.sizes('cache')):
     peak['host'] += MAX_WRITES * problem.cache_bytes
   if not problem.unified:  # what comes from disk passes through host buffers

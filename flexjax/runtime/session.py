@@ -19,6 +19,7 @@ from flexjax.config import DTYPE_BYTES, Packing, Policy, Workload
 from flexjax.data.blocks import Block
 from flexjax.errors import InputError
 from flexjax.models import opt
+from flexjax.quant import keys
 from flexjax.runtime import devices, sampling, sources
 from flexjax.runtime.codec import Codec
 from flexjax.runtime.compute import Compute
@@ -135,10 +136,16 @@ class Session:
       cache_itemsize=_cache_dtype(form.dtype, self.policy).itemsize,
       packing=form.packing,
       cache_packing=self._cache_packing(form),
+      kept=self._waves_bytes(),
       unified=self.machine.unified,
       chunk_tokens=self.machine.chunk_tokens,
       budgets=self.budgets | {'disk': self.weights.disk_budget(form)},
     )
+
+  def _waves_bytes(self) -> int:
+    c = self.source.config
+    packs = self.policy.cache_bits < 16
+    return 4 * c.num_layers * c.hidden_size * keys.TERMS if packs else 0
 
   def _cache_packing(self, form: Format) -> Packing:
     size = self.policy.group_size or form.packing.group_size
@@ -229,6 +236,7 @@ class Session:
       waves = jax.device_put(list(self.weights.waves(form)), m.device)
       cached = self.plan.problem.cached
       self.engine.waves = dict(zip(cached, waves, strict=True))
+      self.store.device.borrow(self._waves_bytes())
     self.load_seconds = time.perf_counter() - began
 
   def _open_disk(self) -> DiskTier:
