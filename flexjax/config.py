@@ -221,7 +221,7 @@ class Split:
     return iter(dataclasses.astuple(self))
 
 
-_CHOICES: dict[str, tuple] = {
+CHOICES: dict[str, tuple] = {
   'weight_bits': (16, 8, 4),
   'cache_bits': (16, 8, 4),
   'group_size': (32, 64, 128),
@@ -274,10 +274,11 @@ class Policy:
       1 <= self.prefetch_depth <= 64,
       f'prefetch_depth must be between 1 and 64, got {self.prefetch_depth}',
     )
-    for name, choices in _CHOICES.items():
+    for name, choices in CHOICES.items():
       value = getattr(self, name)
       _refuse_unless(
-        value in choices or (value is None and name != 'cache_bits'),
+        (value in choices and isinstance(value, int | str))
+        or (value is None and name != 'cache_bits'),
         f'{name} must be one of {", ".join(map(str, choices))}, got {value!r}',
       )
     _refuse_unless(

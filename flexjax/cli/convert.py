@@ -3,7 +3,7 @@
   flexjax convert --model=DIR_OR_HUB_ID --disk_dir=/nvme/flexjax
   flexjax convert --model=DIR_OR_HUB_ID --weight_bits=4 --disk_dir=/nvme/small
 
-Works layer by layer: memory stays small whatever the model's size, and a
+Works layer by layer: at most one layer is in memory at a time, and a
 conversion that was killed goes on where it stopped. The folder is a model of
 its own: --model=/nvme/small runs it without the checkpoint.
 """

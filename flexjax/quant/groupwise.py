@@ -63,8 +63,8 @@ def pack(
   With MINMAX the error is at most half a scale, and the scale a (2**bits -
   1)th of the group's range, both up to the rounding of scale and minimum to 16
   bits: float16 for float16 numbers, else bfloat16. A group of equal numbers is
-  exact if these are 16-bit numbers of that type. With SEARCH a group's squared
-  error is never larger than with MINMAX.
+  exact if these are 16-bit numbers of that type. With SEARCH and without
+  `moments` a group's squared error is never larger than with MINMAX.
 
   Args:
     moments: for roundings that search: errors count by `squares`, and each

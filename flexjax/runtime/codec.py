@@ -1,7 +1,7 @@
-"""What the layer functions see of packed tensors: nothing.
+"""Where quant and models meet, so that neither knows the other.
 
-Where quant and models meet: matrices and cache are expanded before a layer
-function takes them, new cache rows are packed as it hands them out.
+Matrices and cache are expanded before a layer takes them, new cache rows are
+packed as it hands them out; what packed keys lack, its scores are given back.
 """
 
 from collections.abc import Mapping

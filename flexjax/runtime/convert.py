@@ -25,7 +25,8 @@ def convert(
   """Writes every weight group that `disk_dir` does not hold yet.
 
   The folder is then a model of its own, which needs the checkpoint no more.
-  Peak memory is a few pieces of at most 32 MiB, whatever the model.
+  Peak memory is a few pieces of at most 32 MiB, whatever the model; to pack
+  with `search`, one layer as well and what it computes for 2,048 tokens.
 
   Args:
     dtype: 'auto' is the checkpoint's, and on a CPU, which is slow at

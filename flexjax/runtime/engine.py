@@ -157,10 +157,10 @@ class Engine:
   def _free_weights(self, i: int, j: int, k: int) -> None:
     for group in self.layers[j].groups:
       pending, users = self._weights.pop(group)
+      self._drop_expanded(group)
       if users > 1:
         self._weights[group] = (pending, users - 1)
       else:
-        self._drop_expanded(group)
         # Computes that are not waited for yet; on a CPU they may end in any
         # order, so the latest alone would not do.
         pending.release(list(self._running.values()))

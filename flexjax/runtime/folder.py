@@ -7,6 +7,8 @@ is therefore a shorter list, never a lie.
 
 import dataclasses
 import fcntl
+import hashlib
+import io
 import json
 import os
 from collections.abc import Mapping
@@ -14,12 +16,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from flexjax.config import ModelConfig
 from flexjax.errors import InputError
 from flexjax.runtime.formats import Format
 
 _VERSION = 2
 _NAME = 'flexjax.json'
+_WAVES = 'waves.npy'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +36,14 @@ class Held:
     form: how they are stored.
     config: the model that they are of.
     complete: weight groups that are there.
+    waves: digest of what its keys have in common; None where it is not kept.
   """
 
   model: str
   form: Format
   config: ModelConfig
   complete: frozenset[int]
+  waves: str | None
 
 
 def read_manifest(root: Path | None) -> Held | None:
@@ -55,7 +62,8 @@ def read_manifest(root: Path | None) -> Held | None:
         fields['model'],
         Format.from_json(fields['format']),
         ModelConfig(**fields['config']),
-        frozenset(fields['complete']),
+        frozenset(map(int, fields['complete'])),
+        fields['waves'],
       )
   except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
     raise InputError(f"'{path}' cannot be read as a manifest: {e}") from None
@@ -63,6 +71,18 @@ def read_manifest(root: Path | None) -> Held | None:
     f"'{root}' was written by another version of flexjax (format {version}, "
     f'not {_VERSION}); delete it, or give another directory'
   )
+
+
+def read_waves(root: Path, digest: str) -> np.ndarray:
+  """Returns the waves that a folder keeps.
+
+  Raises:
+    OSError: they are missing or damaged.
+  """
+  content = (root / _WAVES).read_bytes()
+  if hashlib.sha256(content).hexdigest() != digest:
+    raise OSError(f"'{root / _WAVES}' is damaged")
+  return np.load(io.BytesIO(content))
 
 
 class WeightFolder:
@@ -77,6 +97,7 @@ class WeightFolder:
     self.form = form
     self._model, self._config = model, config
     self.complete: set[int] = set()
+    self.waves: str | None = None
     self._read()
 
   def _read(self) -> None:
@@ -91,25 +112,31 @@ class WeightFolder:
           f'{theirs.get(name)}, not {mine.get(name)}); give another '
           '--disk_dir or delete it'
         )
-    self.complete = set(held.complete)
+    self.complete, self.waves = set(held.complete), held.waves
 
   def add(self, group: int) -> None:
     """Records that a group is complete and on the disk."""
     self.complete.add(group)
+    self._write()
+
+  def keep(self, waves: np.ndarray) -> None:
+    """Keeps the waves of the keys, and claims the folder."""
+    buffer = io.BytesIO()
+    np.save(buffer, waves)
+    _write(self.root / _WAVES, buffer.getvalue())
+    self.waves = hashlib.sha256(buffer.getvalue()).hexdigest()
+    self._write()
+
+  def _write(self) -> None:
     fields: Mapping[str, Any] = {
       'version': _VERSION,
       'model': self._model,
       'format': self.form.to_json(),
       'config': dataclasses.asdict(self._config),
       'complete': sorted(self.complete),
+      'waves': self.waves,
     }
-    path = self.root / _NAME
-    new = path.with_suffix('.new')
-    with open(new, 'w') as f:
-      f.write(json.dumps(fields))
-      f.flush()
-      os.fsync(f.fileno())
-    new.replace(path)
+    _write(self.root / _NAME, json.dumps(fields).encode())
 
   @contextmanager
   def locked(self):
@@ -125,3 +152,13 @@ class WeightFolder:
       yield
     finally:
       os.close(directory)
+
+
+def _write(path: Path, content: bytes) -> None:
+  """Replaces a file in one rename, after its content is on the disk."""
+  new = path.with_name(path.name + '.new')
+  with open(new, 'wb') as f:
+    f.write(content)
+    f.flush()
+    os.fsync(f.fileno())
+  new.replace(path)

@@ -10,7 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flexjax.config import UNPACKED, ModelConfig, Packing
+from flexjax.config import (
+  CHOICES,
+  DTYPE_BYTES,
+  UNPACKED,
+  ModelConfig,
+  Packing,
+)
 from flexjax.errors import InputError
 from flexjax.models import opt
 from flexjax.quant import groupwise
@@ -75,7 +81,15 @@ class Format:
 
     Raises:
       KeyError: a field is missing.
+      ValueError: a field is not what it could be.
     """
+    names = ['dtype', 'weight_bits']
+    if fields['weight_bits'] != 16:
+      names += ['group_size', 'rounding']
+    choices = {**CHOICES, 'dtype': tuple(DTYPE_BYTES)}
+    for name in names:
+      if fields[name] not in choices[name]:
+        raise ValueError(f'{name} is {fields[name]!r}')
     if fields['weight_bits'] == 16:
       return cls(fields['dtype'])
     packing = Packing(fields['weight_bits'], fields['group_size'])

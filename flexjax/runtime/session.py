@@ -191,6 +191,9 @@ class Session:
     began = time.perf_counter()
     assert self.form is not None
     m, form = self.machine, self.form
+    # Before the tiers are filled: finding them takes a layer's room.
+    packs = self.policy.cache_bits < 16
+    waves = self.weights.waves(form) if packs else None
     places = {
       int(key[1]): tier
       for key, tier in self.plan.places.items()
@@ -232,10 +235,10 @@ class Session:
       cpu=m.cpu,
       host_attention=self.policy.attention == 'host',
     )
-    if self.policy.cache_bits < 16:
-      waves = jax.device_put(list(self.weights.waves(form)), m.device)
+    if waves is not None:
       cached = self.plan.problem.cached
-      self.engine.waves = dict(zip(cached, waves, strict=True))
+      placed = jax.device_put(list(waves), m.device)
+      self.engine.waves = dict(zip(cached, placed, strict=True))
       self.store.device.borrow(self._waves_bytes())
     self.load_seconds = time.perf_counter() - began
 

@@ -93,7 +93,7 @@ def find_source(
 def _held_source(name: str, held: Held) -> Source:
   """A folder that `convert` has written, as a model of its own."""
   path, specs = Path(name), held.form.specs(held.config)
-  if missing := len(specs) - len(held.complete):
+  if missing := len(set(range(len(specs))) - held.complete):
     raise InputError(
       f"'{name}' lacks {missing} of {len(specs)} weight groups: its conversion "
       'has not ended; run it again'

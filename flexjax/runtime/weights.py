@@ -13,7 +13,7 @@ from flexjax.data import tokenizer
 from flexjax.errors import InputError
 from flexjax.runtime import devices, loading
 from flexjax.runtime.codec import Codec
-from flexjax.runtime.folder import WeightFolder, read_manifest
+from flexjax.runtime.folder import WeightFolder, read_manifest, read_waves
 from flexjax.runtime.formats import Format, PackedSource
 from flexjax.runtime.profile import Profile, no_profile, profile
 from flexjax.runtime.sources import Source, check_dtype
@@ -22,7 +22,6 @@ from flexjax.tiers.base import spec_bytes
 from flexjax.tiers.disk import DiskTier
 from flexjax.typing import WeightSource
 
-_WAVES = 'waves.npy'
 OnGroup = Callable[[int, int], None]
 
 
@@ -50,6 +49,7 @@ class Weights:
     self.root = disk_dir or (source.path if held else None)
     self._given = held is not None  # else a folder may still be replaced
     held = held or read_manifest(self.root)
+    self._kept = held
     self._held = held.form if held else None
     self._found: Profile | None = None
     self.settled = dtype if dtype != 'auto' else None
@@ -117,25 +117,21 @@ class Weights:
     source = self._source(form, folder)
     if on_disk := [g for g, tier in places.items() if tier == 'disk']:
       assert folder is not None
-      loading.write_disk(
-        source, specs, on_disk, dtype, open_disk(), folder, one
-      )
+      disk = open_disk()
+      self._claim(form, folder)
+      loading.write_disk(source, specs, on_disk, dtype, disk, folder, one)
       for group in on_disk:
         store.places['weights', group] = 'disk'
     elsewhere = {g: tier for g, tier in places.items() if tier != 'disk'}
     threads = min(os.cpu_count() or 1, 16)
     loading.fill_memory(source, specs, elsewhere, dtype, store, threads, one)
+    self._found = None  # hundreds of megabytes, for a large model
 
   def write(self, form: Format, disk: DiskTier, on_group: OnGroup) -> None:
     """Writes all that the folder does not hold, tokenizer included."""
     assert self.root is not None
     specs, folder = form.specs(self.source.config), self.folder(form)
-    self._copy_tokenizer(self.root)
-    if form.packing.packs and not (self.root / _WAVES).exists():
-      new = self.root / (_WAVES + '.new')
-      with open(new, 'wb') as f:
-        np.save(f, self.waves(form))
-      new.replace(self.root / _WAVES)
+    self._claim(form, folder)
     loading.write_disk(
       self._source(form, folder),
       specs,
@@ -149,8 +145,10 @@ class Weights:
   def waves(self, form: Format) -> np.ndarray:
     """Returns [num_layers, N, H, R], what keys have in common; see
     `quant.keys`. A folder that was written in packed form has it."""
-    if self.root and (self.root / _WAVES).exists() and _searches(form):
-      return np.load(self.root / _WAVES)
+    root = self.source.path if self._given else self.root
+    kept = self._kept
+    if root and kept and kept.waves and form.rounding == kept.form.rounding:
+      return read_waves(root, kept.waves)
     return self._profile(form).waves
 
   def _profile(self, form: Format) -> Profile:
@@ -165,15 +163,26 @@ class Weights:
       self._found = profile(self.source.weights, specs, config, codec)
     return self._found
 
+  def _claim(self, form: Format, folder: WeightFolder) -> None:
+    """Writes what goes before weights: tokenizer, waves of packed models."""
+    keeps = form.packing.packs and folder.waves is None
+    if folder.complete and not keeps:
+      return
+    waves = self.waves(form) if keeps else None
+    with folder.locked():
+      if not folder.complete:
+        self._copy_tokenizer(folder.root)
+      if waves is not None and folder.waves is None:
+        folder.keep(waves)
+
   def _copy_tokenizer(self, root: Path) -> None:
-    if (path := self.source.path) is None:
+    if (path := self.source.path) is None or path == root:
       return
     for name in tokenizer.FILES:
-      mine, theirs = root / name, path / name
-      if theirs.exists() and not mine.exists():
-        new = mine.with_name(name + '.new')
-        shutil.copyfile(theirs, new)
-        new.replace(mine)
+      if (path / name).exists():
+        new = root / (name + '.new')
+        shutil.copyfile(path / name, new)
+        new.replace(root / name)
 
   def _source(self, form: Format, folder: WeightFolder | None) -> WeightSource:
     source = self.source.weights

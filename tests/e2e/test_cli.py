@@ -1095,6 +1095,73 @@ def test_checkpoint_beside_a_packed_folder(flexjax, small):
   assert snapshot(root) == before
 
 
+def test_packed_folder_keeps_the_waves(fast, small, tmp_path):
+  """With a packed cache too, folder and checkpoint give the same tokens."""
+  root, _ = small
+  bits = ['--weight_bits=4', '--cache_bits=4']
+  tokens = generated(fast, root, f'--model={root}/model', *bits)
+  folder = [f'--model={root}/packed', *bits]
+  assert generated(fast, root, *folder) == tokens
+  disk = [f'--disk_dir={tmp_path}/disk', '--weights=0,0,100']
+  assert generated(fast, root, *folder, *disk) == tokens
+  # Weights that a run has put on disk are a folder like a converted one.
+  model = [f'--model={root}/model', f'--disk_dir={tmp_path}/run']
+  assert generated(fast, root, *model, *bits, '--weights=0,0,100') == tokens
+  left = f'--model={tmp_path}/run'
+  assert generated(fast, root, left, '--cache_bits=4') == tokens
+
+
+def damage(name, change):
+  def damaged(path):
+    (path / name).write_bytes(change((path / name).read_bytes()))
+
+  return damaged
+
+
+def rewrite(**fields):
+  def change(content):
+    manifest = json.loads(content)
+    manifest['format'] |= fields
+    return json.dumps(manifest).encode()
+
+  return damage('flexjax.json', change)
+
+
+DAMAGED = {
+  'waves cut': (damage('waves.npy', lambda x: x[:-9]), 'waves.npy.*damaged'),
+  'waves junk': (damage('waves.npy', lambda x: b'x'), 'waves.npy.*damaged'),
+  'waves NaN': (
+    damage('waves.npy', lambda x: x[:-4] + b'\0\0\xc0\x7f'),
+    'waves.npy.*damaged',
+  ),
+  'no waves': (lambda path: (path / 'waves.npy').unlink(), 'waves.npy'),
+  'dtype': (rewrite(dtype='foo'), "flexjax.json.*'foo'"),
+  'bits': (rewrite(weight_bits=5), 'flexjax.json.*weight_bits.*5'),
+  'rounding': (rewrite(rounding='x'), "flexjax.json.*rounding.*'x'"),
+}
+
+
+@pytest.mark.parametrize('case', DAMAGED.values(), ids=DAMAGED)
+def test_damaged_packed_folder(flexjax, small, tmp_path, case):
+  harm, message = case
+  root, _ = small
+  shutil.copytree(root / 'packed', tmp_path / 'packed')
+  harm(tmp_path / 'packed')
+  argv = [f'--model={tmp_path}/packed', '--prompt=ab', '--cache_bits=4']
+  refuses(flexjax('generate', *argv), message)
+
+
+def test_refused_packing_leaves_nothing(flexjax, small, tmp_path):
+  root, _ = small
+  shutil.copytree(root / 'model', tmp_path / 'model')
+  weights = load_file(tmp_path / 'model' / 'model.safetensors')
+  weights['model.decoder.layers.0.fc1.weight'][3, 5] = float('nan')
+  save_file(weights, tmp_path / 'model' / 'model.safetensors')
+  argv = ['convert', '--weight_bits=4', f'--disk_dir={tmp_path}/disk']
+  refuses(flexjax(*argv, f'--model={tmp_path}/model'), r'layers\.0\.fc1')
+  assert not list((tmp_path / 'disk').iterdir())
+
+
 def test_unfinished_packed_folder(flexjax, small, tmp_path):
   root, _ = small
   shutil.copytree(root / 'packed', tmp_path / 'packed')
@@ -1107,6 +1174,11 @@ def test_unfinished_packed_folder(flexjax, small, tmp_path):
   assert snapshot(tmp_path) == before
 
 
+def weights_in(manifest):
+  """The folder is claimed before the first weights are there."""
+  return manifest.exists() and json.loads(manifest.read_text())['complete']
+
+
 def test_killed_packing_is_resumed(fast, tmp_path):
   model = tmp_path / 'model'
   make_checkpoint(model, num_hidden_layers=16, hidden_size=64, ffn_dim=128)
@@ -1116,7 +1188,7 @@ def test_killed_packing_is_resumed(fast, tmp_path):
   assert done.code == 0, done.stderr
   manifest = killed / 'flexjax.json'
   with start(*argv, f'--disk_dir={killed}') as process:
-    wait_for(process, manifest.exists)
+    wait_for(process, lambda: weights_in(manifest))
     process.kill()
   held = json.loads(manifest.read_text())['complete']
   total = len(json.loads((whole / 'flexjax.json').read_text())['complete'])

@@ -160,6 +160,20 @@ def test_placement_changes_nothing(model, prompts, on_device, tmp_path, place):
   assert_close(scored, logprobs, 1e-4)
 
 
+def test_expanded_weights_are_dropped_in_time(model, prompts):
+  """Also where the next step's weights are asked for before."""
+  peaks = []
+  for depth in (1, 30):
+    options = {'weights': HOST, 'prefetch_depth': depth, **BITS['4 and 4']}
+    with flexjax.load(model, **{**BASE, **options}) as llm:
+      params = SamplingParams(max_new_tokens=4, ignore_eos=True)
+      llm.generate(prompts, params)
+      plan = llm._session.plan
+      peaks.append(llm.stats.peak_bytes['device'])
+    assert peaks[-1] <= plan.peak['device']
+  assert peaks[1] == peaks[0]  # on a CPU nothing else is in flight
+
+
 def test_batches_that_shrink(model, prompts, on_device, monkeypatch, tmp_path):
   """Packed rows of those that go on are kept when others have ended."""
   monkeypatch.setattr(Session, '_is_worth', lambda *args: True)
