@@ -1174,7 +1174,7 @@ def test_unfinished_packed_folder(flexjax, small, tmp_path):
   assert snapshot(tmp_path) == before
 
 
-def weights_in(manifest):
+def has_weights(manifest):
   """The folder is claimed before the first weights are there."""
   return manifest.exists() and json.loads(manifest.read_text())['complete']
 
@@ -1188,7 +1188,7 @@ def test_killed_packing_is_resumed(fast, tmp_path):
   assert done.code == 0, done.stderr
   manifest = killed / 'flexjax.json'
   with start(*argv, f'--disk_dir={killed}') as process:
-    wait_for(process, lambda: weights_in(manifest))
+    wait_for(process, lambda: has_weights(manifest))
     process.kill()
   held = json.loads(manifest.read_text())['complete']
   total = len(json.loads((whole / 'flexjax.json').read_text())['complete'])
