@@ -39,5 +39,8 @@ def run() -> None:
       on_group=lambda done, total: status.update(
         f'converting: {done} of {total} weight groups'
       ),
+      on_profile=lambda done, total: status.update(
+        f'looking at layers before packing: {done} of {total}'
+      ),
     )
   console.print(report, soft_wrap=True)

@@ -16,6 +16,7 @@ from flexjax.runtime.llm import LLM
 
 FLAGS = flags.FLAGS
 _LABELS = {
+  'profile': 'looking at layers',
   'load': 'loading weights',
   'generate': 'generating tokens',
   'score': 'scoring tokens',

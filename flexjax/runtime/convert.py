@@ -21,6 +21,7 @@ def convert(
   random_weights: bool = False,
   weights_seed: int = 0,
   on_group: Callable[[int, int], None] = lambda done, total: None,
+  on_profile: Callable[[int, int], None] = lambda done, total: None,
 ) -> str:
   """Writes every weight group that `disk_dir` does not hold yet.
 
@@ -32,6 +33,8 @@ def convert(
     dtype: 'auto' is the checkpoint's, and on a CPU, which is slow at
       float16, bfloat16 in its place.
     weight_bits, group_size, rounding: see `config.Policy`.
+    on_group, on_profile: called with what is done, and of how much: weight
+      groups that are written, layers that are looked at before packing.
 
   Returns:
     One line that says what the folder holds now.
@@ -50,6 +53,7 @@ def convert(
   )
   machine = devices.machine()
   weights = Weights(source, root, dtype, policy)
+  weights.on_profile = on_profile
   dtype = weights.settled or source.config.checkpoint_dtype
   if not weights.settled and dtype == 'float16' and machine.platform == 'cpu':
     dtype = 'bfloat16'

@@ -135,7 +135,8 @@ class LLM:
     tokenizer: None for a preset with random weights.
     stats: figures of the latest `generate`, `stream` or `score`.
     on_progress: called as on_progress(what, done, total) while work goes on;
-      `what` is 'load' (weight groups), 'generate' or 'score' (tokens).
+      `what` is 'profile' (layers, before packing), 'load' (weight groups),
+      'generate' or 'score' (tokens).
   """
 
   def __init__(

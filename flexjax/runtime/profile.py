@@ -5,7 +5,7 @@ by layer. It shows what every matrix is multiplied by, which says what
 its errors do, and what the keys have in common at each position.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -44,6 +44,7 @@ def profile(
   specs: Sequence[Spec],
   config: ModelConfig,
   codec: Codec,
+  on_layer: Callable[[int, int], None] = lambda done, total: None,
 ) -> Profile:
   """Runs the model once, holding one layer's weights at a time.
 
@@ -60,7 +61,9 @@ def profile(
     options = {'xla_gpu_deterministic_ops': True, 'xla_gpu_autotune_level': 0}
   run = jax.jit(_run, static_argnums=(0, 1), compiler_options=options)
   hidden = jnp.asarray(_tokens(config))
-  for layer in opt.layers(config, codec.dtype)[:-1]:
+  layers = opt.layers(config, codec.dtype)[:-1]
+  for done, layer in enumerate(layers):
+    on_layer(done, len(layers))
     weights: dict[str, Any] = {}
     for group in layer.groups:
       weights |= _read(source, group, specs[group], codec.dtype)

@@ -191,6 +191,9 @@ class Session:
     began = time.perf_counter()
     assert self.form is not None
     m, form = self.machine, self.form
+    self.weights.on_profile = lambda done, total: on_progress(
+      'profile', done, total
+    )
     # Before the tiers are filled: finding them takes a layer's room.
     packs = self.policy.cache_bits < 16
     waves = self.weights.waves(form) if packs else None

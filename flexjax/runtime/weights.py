@@ -30,11 +30,13 @@ class Weights:
 
   Args:
     disk_dir: None for the folder that the source is itself, if it is one.
-    dtype: 'auto' takes what a folder holds, else what `auto` is told to be.
+    dtype: 'auto' takes what a folder holds, else leaves `settled` open.
     policy: its bits, group size and rounding; None likewise.
 
   Attributes:
     settled: the dtype, where it does not depend on the work.
+    on_profile: called as on_profile(done, layers) while a row of random tokens
+      goes through the model, before anything is packed.
 
   Raises:
     InputError: something other is asked for than the source holds.
@@ -49,9 +51,9 @@ class Weights:
     self.root = disk_dir or (source.path if held else None)
     self._given = held is not None  # else a folder may still be replaced
     held = held or read_manifest(self.root)
-    self._kept = held
-    self._held = held.form if held else None
+    self._kept, self._held = held, held.form if held else None
     self._found: Profile | None = None
+    self.on_profile: OnGroup = lambda done, total: None
     self.settled = dtype if dtype != 'auto' else None
     if self._held and not self.settled:
       self.settled = self._held.dtype
@@ -160,7 +162,9 @@ class Weights:
       if self.source.random or not _searches(form):
         return no_profile(config, len(specs))
       codec = Codec(config, form.dtype, source_form.packing, UNPACKED)
-      self._found = profile(self.source.weights, specs, config, codec)
+      self._found = profile(
+        self.source.weights, specs, config, codec, self.on_profile
+      )
     return self._found
 
   def _claim(self, form: Format, folder: WeightFolder) -> None:
