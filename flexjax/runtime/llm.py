@@ -18,7 +18,8 @@ from flexjax.data.blocks import blocks
 from flexjax.errors import InputError
 from flexjax.runtime import devices, sources
 from flexjax.runtime.generate import Output, Request
-from flexjax.runtime.session import OnProgress, Session
+from flexjax.runtime.loaded import LoadedModel, OnProgress
+from flexjax.runtime.session import Session
 from flexjax.runtime.stats import Stats
 
 Prompt = str | Sequence[int]
@@ -116,14 +117,14 @@ def load(
     model, random_weights=random_weights, seed=weights_seed
   )
   devices.limit(budgets['device'], budgets['host'])
-  session = Session(
+  loaded = LoadedModel(
     source,
     policy,
     dtype=dtype,
     budgets=budgets,
     disk_dir=Path(disk_dir) if disk_dir else None,
   )
-  return LLM(session, batch_size, num_batches)
+  return LLM(Session(loaded), batch_size, num_batches)
 
 
 class LLM:
@@ -147,8 +148,8 @@ class LLM:
   ):
     self._session = session
     self._batch_size, self._num_batches = batch_size, num_batches
-    self.config = session.source.config
-    self.tokenizer = session.source.tokenizer
+    self.config = session.loaded.source.config
+    self.tokenizer = session.loaded.source.tokenizer
     self.on_progress: OnProgress = lambda what, done, total: None
 
   @property
@@ -312,7 +313,7 @@ class LLM:
 
   def close(self) -> None:
     """Frees the tiers and deletes the run's files."""
-    self._session.close()
+    self._session.loaded.close()
 
   def __enter__(self) -> 'LLM':
     return self
@@ -334,7 +335,7 @@ class LLM:
     if isinstance(prompt, str):
       if self.tokenizer is None:
         raise InputError(
-          f'prompt {n} is text, but {self._session.source.name} has no '
+          f'prompt {n} is text, but {self._session.loaded.source.name} has no '
           'tokenizer: give lists of token ids'
         )
       try:
@@ -373,7 +374,7 @@ class LLM:
     wider = None
     if self._num_batches is None and batches > 1:
       wider = dataclasses.replace(work, num_batches=min(_NUM_BATCHES, batches))
-    return self._session.prepare(work, wider, self.on_progress)
+    return self._session.loaded.prepare(work, wider, self.on_progress)
 
   def _blocks(self, ids, work: Workload):
     return blocks(

@@ -1,44 +1,28 @@
-"""One model in its tiers: plans, fills, runs blocks and keeps the figures.
+"""Runs blocks of requests through a loaded model, and keeps the figures.
 
-It hides tiers, store, engine and schedule from `LLM`, which knows prompts and
-requests only.
+It hides store, engine and schedule from `LLM`, which knows prompts and requests
+only.
 """
 
 import time
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from flexjax.config import DTYPE_BYTES, Packing, Policy, Workload
+from flexjax.config import Workload
 from flexjax.data.blocks import Block
 from flexjax.errors import InputError
-from flexjax.models import opt
-from flexjax.quant import keys
-from flexjax.runtime import devices, sampling, sources
-from flexjax.runtime.codec import Codec
-from flexjax.runtime.compute import Compute
-from flexjax.runtime.engine import Batch, Engine
-from flexjax.runtime.formats import Format
+from flexjax.runtime import devices, sampling
+from flexjax.runtime.engine import Batch
 from flexjax.runtime.generate import Progress, Request
-from flexjax.runtime.meter import Meter
-from flexjax.runtime.plan import Plan, Problem, resolve
+from flexjax.runtime.loaded import LoadedModel
+from flexjax.runtime.plan import Plan
 from flexjax.runtime.stats import Stats
-from flexjax.runtime.store import Store
-from flexjax.runtime.weights import Weights
 from flexjax.schedule.zigzag import ORDERS, Shape, actions
-from flexjax.tiers.base import Spec, Tier
-from flexjax.tiers.device import DeviceTier
-from flexjax.tiers.disk import DiskTier
-from flexjax.tiers.host import HostTier
-from flexjax.typing import Key
 
-OnProgress = Callable[[str, int, int], None]
 _TOTALS = (
   'prefill_seconds',
   'decode_seconds',
@@ -50,295 +34,50 @@ _SIZE_FUNCTIONS = 6  # compiled anew for a new batch size
 
 
 class Session:
-  """A source in its tiers.
+  """A loaded model at work."""
 
-  Args:
-    source: the model.
-    policy: splits may be left open.
-    dtype: of weights and compute; 'auto' is decided when the work is known.
-    budgets: bytes of device and host; None takes what the machine has.
-    disk_dir: None for no disk tier.
-  """
-
-  def __init__(
-    self,
-    source: sources.Source,
-    policy: Policy,
-    *,
-    dtype: str,
-    budgets: Mapping[str, int | None],
-    disk_dir: Path | None,
-  ):
-    self.source, self.policy = source, policy
-    self.machine = devices.machine()
-    self.budgets = {
-      'device': budgets['device'] or self.machine.device_memory,
-      'host': budgets['host'] or self.machine.host_memory,
-    }
-    self.weights = Weights(source, disk_dir, dtype, policy)
-    self.form: Format | None = None
-    self.plan: Plan | None = None
-    self.load_seconds = 0.0
-    self.store: Store | None = None
+  def __init__(self, loaded: LoadedModel):
+    self.loaded = loaded
     self._stats = Stats()
-
-  # Planning and loading.
-
-  def prepare(
-    self, work: Workload, wider: Workload | None, on_progress: OnProgress
-  ) -> Workload:
-    """Plans for a workload and loads weights where that is still to do.
-
-    Args:
-      wider: the same work with more batches per block; taken where weights
-        must be streamed, because more batches share a load.
-
-    Returns:
-      The workload that was planned for.
-
-    Raises:
-      InputError: it does not fit, or a directory is not what it should be.
-    """
-    if self.store is not None:
-      fixed = {k: p for k, p in self.store.places.items() if k[0] == 'weights'}
-      try:
-        self.plan = self._plan(work, wider, self.form, fixed)
-      except InputError:
-        self.plan = self._plan(work, wider, self.form, None)
-        self.close()  # it fits only with the weights elsewhere
-    if self.store is None:
-      self.form = self.form or self._choose_form(work, wider)
-      self.plan = self._plan(work, wider, self.form, None)
-      self._load(on_progress)
-    assert self.plan is not None
-    self._allocate(self.plan)
-    return self.plan.problem.work
-
-  def _plan(self, work, wider, form, fixed) -> Plan:
-    plan = resolve(self._problem(work, form), self.policy, fixed)
-    if wider is not None and plan.placement['weights']['device'] < 1:
-      try:
-        return resolve(self._problem(wider, form), self.policy, fixed)
-      except InputError:
-        pass  # too wide: the narrow one fits
-    return plan
-
-  def _problem(self, work: Workload, form: Format) -> Problem:
-    return Problem(
-      config=self.source.config,
-      work=work,
-      layers=[
-        (layer.kind, layer.groups)
-        for layer in opt.layers(self.source.config, form.dtype)
-      ],
-      group_bytes=self.weights.group_bytes(form),
-      itemsize=DTYPE_BYTES[form.dtype],
-      cache_itemsize=_cache_dtype(form.dtype, self.policy).itemsize,
-      packing=form.packing,
-      cache_packing=self._cache_packing(form),
-      kept=self._waves_bytes(),
-      unified=self.machine.unified,
-      chunk_tokens=self.machine.chunk_tokens,
-      budgets=self.budgets | {'disk': self.weights.disk_budget(form)},
-    )
-
-  def _waves_bytes(self) -> int:
-    c = self.source.config
-    packs = self.policy.cache_bits < 16
-    return 4 * c.num_layers * c.hidden_size * keys.TERMS if packs else 0
-
-  def _cache_packing(self, form: Format) -> Packing:
-    size = self.policy.group_size or form.packing.group_size
-    packing = Packing(self.policy.cache_bits, size)
-    if packing.packs:
-      try:
-        packing.group(self.source.config.head_size)
-      except InputError as e:
-        raise InputError(
-          f'the cache cannot be stored in {packing.bits} bits: {e}'
-        ) from None
-    return packing
-
-  def _choose_form(self, work: Workload, wider: Workload | None) -> Format:
-    weights, config = self.weights, self.source.config
-    if weights.settled:
-      return weights.form(weights.settled)
-    if self.machine.platform != 'cpu':
-      return weights.form(config.checkpoint_dtype)
-    ranked = [
-      weights.form(dtype)
-      for dtype in sources.dtypes_by_speed(config, work.batch_size)
-    ]
-    best: tuple[int, Format] | None = None
-    for form in ranked:
-      try:
-        low = self._plan(work, wider, form, None).peak['disk']
-      except InputError:
-        continue
-      if best is None or low < best[0]:
-        best = (low, form)
-    return best[1] if best else ranked[-1]  # whose refusal is then raised
-
-  def _load(self, on_progress: OnProgress) -> None:
-    try:
-      self._fill(on_progress)
-    except BaseException:
-      self.close()  # else the next use would find half a model
-      raise
-
-  def _fill(self, on_progress: OnProgress) -> None:
-    assert self.plan is not None
-    began = time.perf_counter()
-    assert self.form is not None
-    m, form = self.machine, self.form
-    self.weights.on_profile = lambda done, total: on_progress(
-      'profile', done, total
-    )
-    # Before the tiers are filled: finding them takes a layer's room.
-    packs = self.policy.cache_bits < 16
-    waves = self.weights.waves(form) if packs else None
-    places = {
-      int(key[1]): tier
-      for key, tier in self.plan.places.items()
-      if key[0] == 'weights'
-    }
-    tiers: dict[str, Tier] = {
-      'device': DeviceTier(m.device),
-      'host': HostTier(m.pinned, m.device),
-    }
-    attended = None
-    if self.policy.attention == 'host':
-      attended = HostTier(m.cpu, m.cpu, None if m.unified else m.pinned)
-    self.meter = Meter()
-    self.store = Store(tiers, attended, self.meter)
-    self._open = [*tiers.values(), *([attended] if attended else [])]
-    self._closer = weakref.finalize(self, _close, self._open, self.meter)
-    self.weights.fill(
-      form,
-      places,
-      self.store,
-      self._open_disk,
-      lambda done, total: on_progress('load', done, total),
-    )
-    layers = opt.layers(self.source.config, form.dtype)
-    codec = Codec(
-      self.source.config,
-      form.dtype,
-      form.packing,
-      self._cache_packing(form),
-      form.rounding,
-    )
-    self.compute = Compute(layers, codec, m.chunk_tokens)
-    self.engine = Engine(
-      layers,
-      self.compute,
-      self.store,
-      device=m.device,
-      pinned=m.pinned,
-      cpu=m.cpu,
-      host_attention=self.policy.attention == 'host',
-    )
-    if waves is not None:
-      cached = self.plan.problem.cached
-      placed = jax.device_put(list(waves), m.device)
-      self.engine.waves = dict(zip(cached, placed, strict=True))
-      self.store.device.borrow(self._waves_bytes())
-    self.load_seconds = time.perf_counter() - began
-
-  def _open_disk(self) -> DiskTier:
-    """Returns the disk tier; it is opened when something is to go there."""
-    assert self.store is not None
-    assert self.weights.root is not None
-    disk = self.store.tiers.get('disk')
-    if disk is None:
-      m = self.machine
-      disk = DiskTier(self.weights.root, m.pinned, m.device)
-      self.store.tiers['disk'] = disk
-      self._open.append(disk)
-    assert isinstance(disk, DiskTier)
-    return disk
-
-  def _allocate(self, plan: Plan) -> None:
-    """Makes cache and hidden states have the plan's places and shapes."""
-    assert self.store is not None
-    wanted = self._specs(plan)
-    for key in list(self.store.places):
-      if key[0] != 'weights' and not self._stands(key, wanted.get(key), plan):
-        self.store.free(key)
-    for key, spec in wanted.items():
-      if key not in self.store.places:
-        if plan.places[key] == 'disk':
-          self._open_disk()
-        self.store.allocate(key, spec, plan.places[key])
-
-  def _stands(self, key: Key, spec: Spec | None, plan: Plan) -> bool:
-    assert self.store is not None
-    return (
-      spec is not None
-      and self.store.places[key] == plan.places[key]
-      and self.store.spec(key) == spec
-    )
-
-  def _specs(self, plan: Plan) -> dict[Key, Spec]:
-    assert self.form is not None
-    work, config = plan.problem.work, self.source.config
-    size, dtype = config.head_size, _cache_dtype(self.form.dtype, self.policy)
-    if (packing := plan.problem.cache_packing).packs:
-      size, dtype = packing.row_bytes(size, dtype.itemsize), np.dtype(np.uint8)
-    cache = jax.ShapeDtypeStruct(
-      (work.batch_size, config.num_heads, work.cache_len, size), dtype
-    )
-    hidden = jax.ShapeDtypeStruct(
-      (work.batch_size, work.prompt_len, config.hidden_size),
-      jnp.dtype(self.form.dtype),
-    )
-    specs: dict[Key, Spec] = {
-      key: {'k': cache, 'v': cache} for key in plan.problem.sizes('cache')
-    }
-    return specs | {key: {'x': hidden} for key in plan.problem.sizes('hidden')}
-
-  # Running.
 
   @contextmanager
   def measured(self) -> Iterator[None]:
     """Collects the figures of what runs inside."""
-    assert self.plan is not None
+    loaded = self.loaded
+    assert loaded.store is not None
     self._totals: dict[str, Any] = dict.fromkeys(_TOTALS, 0)
-    links = dict(self.meter.link_bytes)
-    busy, began = self.meter.busy_seconds, time.perf_counter()
-    assert self.store is not None
-    self.store.reset_peaks()
+    links = dict(loaded.meter.link_bytes)
+    busy, began = loaded.meter.busy_seconds, time.perf_counter()
+    loaded.store.reset_peaks()
     try:
       yield
     finally:
-      if self.store is not None:  # else it was closed meanwhile
+      if loaded.store is not None:  # else it was closed meanwhile
         self._measure(links, busy, time.perf_counter() - began)
 
   def _measure(
     self, links: Mapping[str, int], busy: float, seconds: float
   ) -> None:
-    assert self.store is not None
-    assert self.plan is not None
+    loaded = self.loaded
+    assert loaded.store is not None
+    assert loaded.plan is not None
+    assert loaded.form is not None
+    crossed = loaded.meter.link_bytes
     self._stats = Stats(
       **self._totals,
-      peak_bytes=self.store.peak_bytes(),
-      link_bytes={
-        link: count - links[link]
-        for link, count in self.meter.link_bytes.items()
+      peak_bytes=loaded.store.peak_bytes(),
+      link_bytes={link: n - links[link] for link, n in crossed.items()},
+      link_busy_fraction=(loaded.meter.busy_seconds - busy) / seconds,
+      placement=loaded.plan.placement,
+      compilations=loaded.compute.traces,
+      load_seconds=loaded.load_seconds,
+      dtype=loaded.form.dtype,
+      stored={
+        **loaded.form.to_json(),
+        'cache_bits': loaded.policy.cache_bits,
       },
-      link_busy_fraction=(self.meter.busy_seconds - busy) / seconds,
-      placement=self.plan.placement,
-      compilations=self.compute.traces,
-      load_seconds=self.load_seconds,
-      dtype=self.form.dtype if self.form else '',
-      stored=self._stored(),
-      allocator_peak_bytes=devices.allocator_peak(self.machine),
+      allocator_peak_bytes=devices.allocator_peak(loaded.machine),
     )
-
-  def _stored(self) -> dict[str, Any]:
-    """How weights and cache are stored, for the stats."""
-    assert self.form is not None
-    return self.form.to_json() | {'cache_bits': self.policy.cache_bits}
 
   def stats(self) -> Stats:
     return self._stats
@@ -352,13 +91,15 @@ class Session:
   ) -> None:
     """Generates for one block; its requests are finished afterwards."""
     plan = self._check_current(work)
-    self._allocate(plan)  # an earlier block may have shrunk
+    self.loaded.allocate(plan)  # an earlier block may have shrunk
     mine = [requests[n] for n in block.index[block.index >= 0]]
     steps = max(r.params.max_new_tokens for r in mine)
     progress = Progress(
       block,
       requests,
-      lambda i, k, keep: self.engine.resize(i, k, keep, plan.problem.cached),
+      lambda i, k, keep: self.loaded.engine.resize(
+        i, k, keep, plan.problem.cached
+      ),
       self._is_worth,
       on_token,
     )
@@ -374,13 +115,13 @@ class Session:
 
   def _check_current(self, work: Workload) -> Plan:
     """Returns the plan if it is still the one that was made for `work`."""
-    if self.store is None or self.plan is None:
+    if self.loaded.store is None or self.loaded.plan is None:
       raise InputError('the model has been closed')
-    if self.plan.problem.work is not work:
+    if self.loaded.plan.problem.work is not work:
       raise InputError(
         'this stream has ended: its model has been used for other prompts'
       )
-    return self.plan
+    return self.loaded.plan
 
   def score(
     self, block: Block, work: Workload
@@ -412,40 +153,33 @@ class Session:
     return [(k, *scores[k]) for k in sorted(scores)]
 
   def _execute(self, decoding, batches, work: Workload, steps: int) -> None:
-    assert self.plan is not None
+    assert self.loaded.plan is not None
     shape = Shape(
       steps,
-      len(self.engine.layers),
+      len(self.loaded.engine.layers),
       work.num_batches,
-      frozenset(self.plan.problem.cached),
+      frozenset(self.loaded.plan.problem.cached),
     )
-    self.engine.share = self.plan.problem.share
+    self.loaded.engine.share = self.loaded.plan.problem.share
     todo = actions(
       shape,
-      ORDERS[self.policy.schedule](shape),
-      depth=self.policy.prefetch_depth,
-      overlap=self.policy.overlap,
+      ORDERS[self.loaded.policy.schedule](shape),
+      depth=self.loaded.policy.prefetch_depth,
+      overlap=self.loaded.policy.overlap,
       wanted=decoding.wanted,
     )
     try:
       with jax.transfer_guard('disallow'):
-        self.engine.run(todo, batches, work.prompt_len, decoding)
+        self.loaded.engine.run(todo, batches, work.prompt_len, decoding)
     except BaseException:
-      self._forget_state()
+      self.loaded.forget_state()
       raise
-
-  def _forget_state(self) -> None:
-    """Frees cache and hidden states, which an error may have left unfit."""
-    if self.store is not None:
-      for key in list(self.store.places):
-        if key[0] != 'weights':
-          self.store.free(key)
 
   def _batch(
     self, block: Block, k: int, requests: Sequence[Request] | None
   ) -> Batch:
     """Puts batch k on the device; without requests it is to be scored."""
-    device, cpu = self.machine.device, self.machine.cpu
+    device, cpu = self.loaded.machine.device, self.loaded.machine.cpu
     index = block.index[k]
     params = [
       requests[n].params if requests and n >= 0 else None for n in index
@@ -465,29 +199,12 @@ class Session:
 
   def _is_worth(self, k: int, size: int, steps: int) -> bool:
     """Whether smaller batches save more time than compiling takes."""
-    old = self.engine.batches[k].start.shape[0]
+    old = self.loaded.engine.batches[k].start.shape[0]
     saved = steps * self._progress.step_seconds * (1 - size / old)
-    compiling = self.compute.trace_seconds / max(self.compute.traces, 1)
+    compiling = self.loaded.compute.trace_seconds / max(
+      self.loaded.compute.traces, 1
+    )
     cost = 0.0 if size in self._sizes else _SIZE_FUNCTIONS * compiling
     if saved > cost:
       self._sizes.add(size)
     return saved > cost
-
-  def close(self) -> None:
-    """Frees every tier and deletes the run's files."""
-    if self.store is not None:
-      self._closer()
-      self.store = None
-
-
-def _close(tiers: Sequence[Tier], meter: Meter) -> None:
-  meter.close()
-  for tier in tiers:
-    tier.close()
-
-
-def _cache_dtype(dtype: str, policy: Policy) -> np.dtype:
-  """A cache that the CPU attends to in float16 would be slow: float32."""
-  if policy.attention == 'host' and dtype == 'float16':
-    return np.dtype(np.float32)
-  return jnp.dtype(dtype)

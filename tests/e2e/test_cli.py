@@ -674,8 +674,8 @@ def test_perplexity_without_a_leading_token(flexjax, place):
 
 
 NO_WEIGHTS = """
-from flexjax.runtime.session import Session
-Session._fill = None
+from flexjax.runtime.loaded import LoadedModel
+LoadedModel._fill = None
 """
 LINES = ['--metric=last_token', '--input={}/in.jsonl']
 # name: (what is changed, flags, what the line says)
