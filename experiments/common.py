@@ -11,6 +11,12 @@ from pathlib import Path
 from typing import Any
 
 LINK_BYTES_PER_S = 54e9  # a bare loop's rate, host to device, on an H200
+# The shape and the budgets of every run on an accelerator.
+SHAPE = ['--device_memory=16GiB', '--host_memory=110GiB', '--prompt_len=512']
+SHAPE += ['--gen_len=32', '--random_weights', '--dtype=bfloat16']
+STEPS = 32  # tokens of a run of that shape
+HOST = ['--weights=0,100,0', '--cache=0,100,0', '--hidden=100,0,0']
+DEVICE = ['--weights=100,0,0', '--cache=100,0,0', '--hidden=100,0,0']
 
 
 def bench(arguments: Sequence[str], timeout: float = 500) -> dict[str, Any]:
@@ -39,9 +45,8 @@ def record(
   commit: str,
   arguments: Sequence[str],
   stats: Mapping[str, Any],
-  steps: int,
 ) -> dict[str, Any]:
-  """Returns the figures of a run of `steps` tokens, the link's bound beside."""
+  """Returns the figures of a run of SHAPE, the link's bound beside."""
   down = stats['link_bytes']['host_to_device']
   gib = {tier: n / 2**30 for tier, n in stats['peak_bytes'].items()}
   return {
@@ -49,8 +54,8 @@ def record(
     'commit': commit,
     'tokens_per_s': round(stats['throughput_tokens_per_s'], 2),
     'prefill_s': round(stats['prefill_seconds'], 3),
-    'decode_step_s': round(stats['decode_seconds'] / (steps - 1), 4),
-    'link_bound_step_s': round(down / steps / LINK_BYTES_PER_S, 4),
+    'decode_step_s': round(stats['decode_seconds'] / (STEPS - 1), 4),
+    'link_bound_step_s': round(down / STEPS / LINK_BYTES_PER_S, 4),
     'load_s': round(stats['load_seconds'], 1),
     'peak_device_gib': round(gib['device'], 2),
     'allocator_peak_gib': round(

@@ -5,7 +5,6 @@ see the same machine, and each row of results.csv has both. `others.py` is the
 other side. `--parts` picks from PARTS.
 """
 
-import csv
 import json
 import os
 import subprocess
@@ -14,6 +13,8 @@ import tempfile
 from pathlib import Path
 
 from absl import app, flags
+
+from experiments import common
 
 HERE = Path(__file__).parent
 _PARTS = flags.DEFINE_list('parts', None, 'Parts to run; default all.')
@@ -68,7 +69,7 @@ def main(argv):
       sorted(side, key=lambda r: r['tokens_per_s'])[middle]
       for side in zip(*turns, strict=True)
     )
-    record = {
+    fields = {
       'part': part,
       'commit': _COMMIT.value,
       'turns': len(turns),
@@ -78,18 +79,7 @@ def main(argv):
       'flexjax_arguments': ' '.join(mine),
       'other_arguments': ' '.join(theirs),
     }
-    print(json.dumps(record), flush=True)
-    append(record)
-
-
-def append(record):
-  path = Path(_RESULTS.value)
-  new = not path.exists()
-  with open(path, 'a', newline='') as f:
-    writer = csv.DictWriter(f, record)
-    if new:
-      writer.writeheader()
-    writer.writerow(record)
+    common.append(_RESULTS.value, fields)
 
 
 def run_flexjax(arguments):

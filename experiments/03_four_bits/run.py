@@ -42,26 +42,22 @@ ACCURACY = {
 }
 _BOS = 2
 
-_16 = ['--device_memory=16GiB', '--host_memory=110GiB', '--prompt_len=512']
-_16 += ['--gen_len=32', '--random_weights', '--dtype=bfloat16']
-_HOST = ['--weights=0,100,0', '--cache=0,100,0', '--hidden=100,0,0']
-_DEVICE = ['--weights=100,0,0', '--cache=100,0,0', '--hidden=100,0,0']
 _STREAMED = ['--weights=0,100,0', '--cache=100,0,0', '--hidden=100,0,0']
 _W4, _KV4 = ['--weight_bits=4'], ['--cache_bits=4']
-_6_7B = ['--model=opt-6.7b', *_HOST, '--batch_size=48', '--num_batches=2']
-_30B = ['--model=opt-30b', *_HOST, '--batch_size=24', '--num_batches=2']
+_6_7B = ['--model=opt-6.7b', *common.HOST, '--batch_size=48', '--num_batches=2']
+_30B = ['--model=opt-30b', *common.HOST, '--batch_size=24', '--num_batches=2']
 SPEED = {
   '6.7b-host-48x2': _6_7B,
   '6.7b-host-48x2-w4': [*_6_7B, *_W4],
   '6.7b-host-48x2-kv4': [*_6_7B, *_KV4],
   '6.7b-host-48x2-w4-kv4': [*_6_7B, *_W4, *_KV4],
   '6.7b-device-72x1-w4-kv4': [
-    '--model=opt-6.7b', *_DEVICE, '--batch_size=72', *_W4, *_KV4,
+    '--model=opt-6.7b', *common.DEVICE, '--batch_size=72', *_W4, *_KV4,
   ],
   '30b-host-24x2': _30B,
   '30b-host-24x2-w4-kv4': [*_30B, *_W4, *_KV4],
   '30b-host-48x4-w4-kv4': [
-    '--model=opt-30b', *_HOST, '--batch_size=48', '--num_batches=4', *_W4,
+    '--model=opt-30b', *common.HOST, '--batch_size=48', '--num_batches=4', *_W4,
     *_KV4,
   ],
   '30b-streamed-32x1-w4-kv4': [
@@ -165,10 +161,10 @@ def timed(function, argument, calls=20):
 
 def speed():
   for name in wanted(SPEED):
-    arguments = [*SPEED[name], *_16]
+    arguments = [*SPEED[name], *common.SHAPE]
     for _ in range(_REPEATS.value):
       stats = common.bench(arguments, _TIMEOUT.value)
-      fields = common.record(name, _COMMIT.value, arguments, stats, steps=32)
+      fields = common.record(name, _COMMIT.value, arguments, stats)
       common.append(Path(_OUT.value, 'speed.csv'), fields)
 
 

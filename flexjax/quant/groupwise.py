@@ -148,10 +148,10 @@ def _shifts(weights: Array, along: Array) -> Array:
   """
   d = jnp.maximum(weights - jnp.square(along).sum(-1), 0.01 * weights)
   scaled = along / d[..., None]
-  each = _product('gir,gis->grs', scaled, along)
+  each = exact_product('gir,gis->grs', scaled, along)
   to_come = jnp.cumsum(each[::-1], 0)[::-1]
   inverse = jnp.linalg.inv(jnp.eye(along.shape[-1]) + to_come)
-  return _product('gir,grs->gis', scaled, inverse)
+  return exact_product('gir,grs->gis', scaled, inverse)
 
 
 def _best(x, weights, levels: int, rounding: Rounding, kind: DTypeLike):
@@ -212,7 +212,9 @@ def _bytes(x: Array) -> Array:
   return jax.lax.bitcast_convert_type(x[..., 0], jnp.uint8)
 
 
-def _product(spec: str, a: Array, b: Array) -> Array:
+def exact_product(spec: str, a: Array, b: Array) -> Array:
+  """An einsum in full float32, whatever precision products have otherwise."""
+  a, b = _f32(a), _f32(b)
   return jnp.einsum(spec, a, b, precision=jax.lax.Precision.HIGHEST)
 
 

@@ -10,9 +10,10 @@ taken off a key before it is packed. Scores get it back: queries times
 coefficients times cosines, an R/H th of the score's own work.
 """
 
-import jax
 import jax.numpy as jnp
 from jax import Array
+
+from flexjax.quant.groupwise import exact_product
 
 TERMS = 8  # R; the bundled model's keys lose a tenth as much as without
 
@@ -22,7 +23,7 @@ def fit(keys: Array) -> Array:
   positions = keys.shape[1]
   z = cosines(jnp.arange(positions), positions)
   norm = jnp.where(jnp.arange(TERMS) == 0, 1, 2) / positions
-  return _product('nph,pr->nhr', keys, z) * norm
+  return exact_product('nph,pr->nhr', keys, z) * norm
 
 
 def cosines(t: Array, positions: int) -> Array:
@@ -33,17 +34,11 @@ def cosines(t: Array, positions: int) -> Array:
 
 def lower(keys: Array, coefficients: Array, z: Array) -> Array:
   """Takes the waves off keys [B, N, T, H]; z is [B, T, R]."""
-  waves = _product('nhr,btr->bnth', coefficients, z)
+  waves = exact_product('nhr,btr->bnth', coefficients, z)
   return (keys.astype(jnp.float32) - waves).astype(keys.dtype)
 
 
 def by_term(queries: Array, coefficients: Array) -> Array:
   """Queries [B, N, T, H] -> [B, N, T, R]; times the cosines of the lowered
   keys' positions, it is what their scores lack."""
-  return _product('bnth,nhr->bntr', queries, coefficients)
-
-
-def _product(spec: str, a: Array, b: Array) -> Array:
-  """In full precision: what is taken off and what is given back are one."""
-  a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-  return jnp.einsum(spec, a, b, precision=jax.lax.Precision.HIGHEST)
+  return exact_product('bnth,nhr->bntr', queries, coefficients)

@@ -124,7 +124,7 @@ def load(
     budgets=budgets,
     disk_dir=Path(disk_dir) if disk_dir else None,
   )
-  return LLM(Session(loaded), batch_size, num_batches)
+  return LLM(loaded, batch_size, num_batches)
 
 
 class LLM:
@@ -142,14 +142,14 @@ class LLM:
 
   def __init__(
     self,
-    session: Session,
+    loaded: LoadedModel,
     batch_size: int | None = None,
     num_batches: int | None = None,
   ):
-    self._session = session
+    self._loaded, self._session = loaded, Session(loaded)
     self._batch_size, self._num_batches = batch_size, num_batches
-    self.config = session.loaded.source.config
-    self.tokenizer = session.loaded.source.tokenizer
+    self.config = loaded.source.config
+    self.tokenizer = loaded.source.tokenizer
     self.on_progress: OnProgress = lambda what, done, total: None
 
   @property
@@ -313,7 +313,7 @@ class LLM:
 
   def close(self) -> None:
     """Frees the tiers and deletes the run's files."""
-    self._session.loaded.close()
+    self._loaded.close()
 
   def __enter__(self) -> 'LLM':
     return self
@@ -335,7 +335,7 @@ class LLM:
     if isinstance(prompt, str):
       if self.tokenizer is None:
         raise InputError(
-          f'prompt {n} is text, but {self._session.loaded.source.name} has no '
+          f'prompt {n} is text, but {self._loaded.source.name} has no '
           'tokenizer: give lists of token ids'
         )
       try:
@@ -374,7 +374,7 @@ class LLM:
     wider = None
     if self._num_batches is None and batches > 1:
       wider = dataclasses.replace(work, num_batches=min(_NUM_BATCHES, batches))
-    return self._session.loaded.prepare(work, wider, self.on_progress)
+    return self._loaded.prepare(work, wider, self.on_progress)
 
   def _blocks(self, ids, work: Workload):
     return blocks(

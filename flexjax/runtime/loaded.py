@@ -185,8 +185,8 @@ class LoadedModel:
       'profile', done, total
     )
     # Before the tiers are filled: finding them takes a layer's room.
-    packs = self.policy.cache_bits < 16
-    waves = self.weights.waves(form) if packs else None
+    packing = self.plan.problem.cache_packing
+    waves = self.weights.waves(form) if packing.packs else None
     places = {
       int(key[1]): tier
       for key, tier in self.plan.places.items()
@@ -215,7 +215,7 @@ class LoadedModel:
       self.source.config,
       form.dtype,
       form.packing,
-      self._cache_packing(form),
+      packing,
       form.rounding,
     )
     self.compute = Compute(layers, codec, m.chunk_tokens)
@@ -232,7 +232,7 @@ class LoadedModel:
       cached = self.plan.problem.cached
       placed = jax.device_put(list(waves), m.device)
       self.engine.waves = dict(zip(cached, placed, strict=True))
-      self.store.device.borrow(self._waves_bytes())
+      self.store.device.borrow(self.plan.problem.kept)
     self.load_seconds = time.perf_counter() - began
 
   def _open_disk(self) -> DiskTier:

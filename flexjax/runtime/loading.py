@@ -47,6 +47,16 @@ class HeldWeights:
     return self._rest.pieces(group, dtype)
 
 
+def read_group(
+  source: WeightSource, group: int, spec: Spec, dtype: Any
+) -> dict[str, np.ndarray]:
+  """Returns a whole weight group, put together from its pieces."""
+  arrays = {name: np.empty(s.shape, s.dtype) for name, s in spec.items()}
+  for name, row, array in source.pieces(group, dtype):
+    arrays[name][row : row + len(array)] = array
+  return arrays
+
+
 def write_disk(
   source: WeightSource,
   specs: Sequence[Spec],
@@ -91,10 +101,7 @@ def fill_memory(
   """
 
   def read(group: int) -> tuple[int, dict[str, np.ndarray]]:
-    arrays = {n: np.empty(s.shape, s.dtype) for n, s in specs[group].items()}
-    for name, row, array in source.pieces(group, dtype):
-      arrays[name][row : row + len(array)] = array
-    return group, arrays
+    return group, read_group(source, group, specs[group], dtype)
 
   sizes = [spec_bytes(spec) for spec in specs]
   order = sorted(places, key=lambda g: (places[g] != 'host', -sizes[g]))

@@ -18,6 +18,7 @@ from flexjax.models import opt
 from flexjax.quant import keys
 from flexjax.quant.groupwise import Moments
 from flexjax.runtime.codec import Codec
+from flexjax.runtime.loading import read_group
 from flexjax.tiers.base import Spec
 from flexjax.typing import WeightSource
 
@@ -66,7 +67,7 @@ def profile(
     on_layer(done, len(layers))
     weights: dict[str, Any] = {}
     for group in layer.groups:
-      weights |= _read(source, group, specs[group], codec.dtype)
+      weights |= read_group(source, group, specs[group], codec.dtype)
     hidden, wave, found = run(layer.module, codec, weights, hidden)
     if wave is not None:
       waves.append(np.asarray(wave))
@@ -104,15 +105,6 @@ def _tokens(config: ModelConfig) -> np.ndarray:
   if config.bos_id >= 0:
     ids[0, 0] = config.bos_id
   return ids
-
-
-def _read(
-  source: WeightSource, group: int, spec: Spec, dtype: Any
-) -> dict[str, np.ndarray]:
-  arrays = {name: np.empty(s.shape, s.dtype) for name, s in spec.items()}
-  for name, row, array in source.pieces(group, dtype):
-    arrays[name][row : row + len(array)] = array
-  return arrays
 
 
 def no_profile(config: ModelConfig, groups: int) -> Profile:

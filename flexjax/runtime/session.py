@@ -71,7 +71,6 @@ class Session:
       placement=loaded.plan.placement,
       compilations=loaded.compute.traces,
       load_seconds=loaded.load_seconds,
-      dtype=loaded.form.dtype,
       stored={
         **loaded.form.to_json(),
         'cache_bits': loaded.policy.cache_bits,

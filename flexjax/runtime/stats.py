@@ -24,8 +24,7 @@ class Stats:
     scored_tokens: log-probabilities handed out.
     allocator_peak_bytes: what the device's own allocator says it held at most
       since the process began; None where it does not say.
-    dtype: what weights and computing were in.
-    stored: bits, groups and rounding of weights, bits of the cache.
+    stored: dtype, bits, groups and rounding of weights, bits of the cache.
     first_tokens: requests that got a token: what the prefill generated.
   """
 
@@ -41,7 +40,6 @@ class Stats:
   )
   compilations: int = 0
   load_seconds: float = 0.0
-  dtype: str = ''
   stored: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   first_tokens: int = 0
   allocator_peak_bytes: int | None = None
@@ -61,7 +59,7 @@ class Stats:
   def to_json(self) -> dict[str, Any]:
     """Returns a dict of plain numbers, keyed as the attributes are named."""
     fields = dataclasses.asdict(self)
-    del fields['first_tokens'], fields['dtype']
+    del fields['first_tokens']
     for name in ('scored_tokens', 'allocator_peak_bytes'):
       if not fields[name]:  # not a run of that kind, or unknown here
         del fields[name]
@@ -76,7 +74,7 @@ class Stats:
   def rows(self) -> list[tuple[str, str]]:
     """Returns label and value of a short table."""
     rows = [
-      ('computed in', self.dtype),
+      ('computed in', self.stored.get('dtype', '')),
       ('stored in', self._bits()),
       ('load', f'{self.load_seconds:.2f} s'),
       ('prefill', f'{self.prefill_seconds:.2f} s'),

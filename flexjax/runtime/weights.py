@@ -47,28 +47,25 @@ class Weights:
   ):
     check_dtype(dtype)
     self.source, self._policy = source, policy
-    held = source.held
-    self.root = disk_dir or (source.path if held else None)
-    self._given = held is not None  # else a folder may still be replaced
-    held = held or read_manifest(self.root)
-    self._kept, self._held = held, held.form if held else None
+    self.root = disk_dir or (source.path if source.held else None)
+    self._held = source.held or read_manifest(self.root)
     self._found: Profile | None = None
     self.on_profile: OnGroup = lambda done, total: None
     self.settled = dtype if dtype != 'auto' else None
     if self._held and not self.settled:
-      self.settled = self._held.dtype
-    if self._given and self._held:
-      wanted = self.form(self.settled or '')
-      if wanted.to_json() != self._held.to_json():
+      self.settled = self._held.form.dtype
+    if source.held:  # else a folder may still be replaced
+      held, wanted = source.held.form, self.form(self.settled or '')
+      if wanted.to_json() != held.to_json():
         raise InputError(
-          f"'{source.name}' holds weights in {self._held}; to have them in "
-          f'{wanted} takes the checkpoint'
+          f"'{source.name}' holds weights in {held}; to have them in {wanted} "
+          'takes the checkpoint'
         )
 
   def form(self, dtype: str) -> Format:
     """Returns the format of the weights, with `dtype`."""
     asked = self._policy
-    held = self._held or Format(dtype)
+    held = self._held.form if self._held else Format(dtype)
     bits = asked.weight_bits or held.packing.bits
     packing = UNPACKED
     if bits < 16:
@@ -147,17 +144,17 @@ class Weights:
   def waves(self, form: Format) -> np.ndarray:
     """Returns [num_layers, N, H, R], what keys have in common; see
     `quant.keys`. A folder that was written in packed form has it."""
-    root = self.source.path if self._given else self.root
-    kept = self._kept
-    if root and kept and kept.waves and form.rounding == kept.form.rounding:
-      return read_waves(root, kept.waves)
+    root = self.source.path if self.source.held else self.root
+    held = self._held
+    if root and held and held.waves and form.rounding == held.form.rounding:
+      return read_waves(root, held.waves)
     return self._profile(form).waves
 
   def _profile(self, form: Format) -> Profile:
     """Returns what packing wants to know, found out at the first call."""
     if self._found is None:
       config = self.source.config
-      source_form = form if self._given else Format(form.dtype)
+      source_form = form if self.source.held else Format(form.dtype)
       specs = source_form.specs(config)
       if self.source.random or not _searches(form):
         return no_profile(config, len(specs))
@@ -190,7 +187,7 @@ class Weights:
 
   def _source(self, form: Format, folder: WeightFolder | None) -> WeightSource:
     source = self.source.weights
-    if form.packing.packs and not self._given:
+    if form.packing.packs and not self.source.held:
       everything = range(len(form.specs(self.source.config)))
       if folder is None or not folder.complete.issuperset(everything):
         source = PackedSource(source, form, self._profile(form).moments)

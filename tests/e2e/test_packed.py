@@ -168,7 +168,7 @@ def test_expanded_weights_are_dropped_in_time(model, prompts):
     with flexjax.load(model, **{**BASE, **options}) as llm:
       params = SamplingParams(max_new_tokens=4, ignore_eos=True)
       llm.generate(prompts, params)
-      plan = llm._session.loaded.plan
+      plan = llm._loaded.plan
       peaks.append(llm.stats.peak_bytes['device'])
     assert peaks[-1] <= plan.peak['device']
   assert peaks[1] == peaks[0]  # on a CPU nothing else is in flight
