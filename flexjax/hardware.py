@@ -151,7 +151,9 @@ class Hardware:
       raise InputError(
         f"platform must be one of {', '.join(PLATFORMS)}, got '{self.platform}'"
       )
-    links = () if self.unified else ('host_to_device', 'device_to_host')
+    links: tuple[str, ...] = ()
+    if not self.unified:
+      links += ('host_to_device', 'device_to_host')
     if self.disk_space:
       links += ('disk_to_host', 'host_to_disk')
     for name, field, wanted in (
