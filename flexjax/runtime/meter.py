@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-LINKS = ('disk_to_host', 'host_to_device', 'device_to_host', 'host_to_disk')
+from flexjax.hardware import LINKS
 
 
 class Meter:
