@@ -174,6 +174,7 @@ class Engine:
 
   def _compute(self, i: int, j: int, k: int) -> None:
     kind = self.layers[j].kind
+    traces = self.compute.traces
     weights = self._weights_of(i, j)
     batch = self.batches[k]
     if kind == 'embed':
@@ -203,6 +204,9 @@ class Engine:
     del hidden
     self._release(j, k)
     self._running[i, j, k] = self._used
+    if (recorder := self.store.recorder) is not None:
+      groups, compiled = self.layers[j].groups, self.compute.traces > traces
+      recorder.compute(kind, i, j, k, groups, self._used, compiled)
 
   def _weights_of(self, i: int, j: int) -> dict[str, Array]:
     """Returns a layer's weights, expanded if several computes share them."""
@@ -217,6 +221,8 @@ class Engine:
       if shared and any(is_packed(w) for w in value.values()):
         value = self.compute.expand(value)
         self._expanded[group] = value
+        if self.store.recorder is not None:
+          self.store.recorder.expand(group, value)
         self.store.device.borrow(_matrix_bytes(value))
       weights |= value
     return weights
@@ -233,11 +239,14 @@ class Engine:
     near = jax.device_put(near, self.cpu)
     self.store.meter.crossed('device_to_host', nbytes=q.nbytes)
     position = self._scalar(self.prompt_len + i - 1, self.cpu)
-    x = self.compute.attend(
+    attended = self.compute.attend(
       *near, self._cached(i, j, k), batch.start_host, position
     )
-    self.store.meter.crossed('host_to_device', nbytes=x.nbytes)
-    x = jax.device_put(x, self.device)
+    self.store.meter.crossed('host_to_device', nbytes=attended.nbytes)
+    x = jax.device_put(attended, self.device)
+    if (recorder := self.store.recorder) is not None:
+      groups = self.layers[j].groups
+      recorder.attend((i, j, k), groups, (q, near[0]), (attended, x))
     self._rows = near[1]
     self._output = self.compute.output(weights, hidden, x)
     return self._output

@@ -21,6 +21,7 @@ from flexjax.runtime.generate import Output, Request
 from flexjax.runtime.loaded import LoadedModel, OnProgress
 from flexjax.runtime.session import Session
 from flexjax.runtime.stats import Stats
+from flexjax.runtime.timeline import Span
 
 Prompt = str | Sequence[int]
 _COLUMNS = 8  # prompt lengths are rounded up to it, to compile less often
@@ -138,6 +139,7 @@ class LLM:
     on_progress: called as on_progress(what, done, total) while work goes on;
       `what` is 'profile' (layers, before packing), 'load' (weight groups),
       'generate' or 'score' (tokens).
+    record: whether `generate`, `stream` and `score` record a timeline.
   """
 
   def __init__(
@@ -151,10 +153,18 @@ class LLM:
     self.config = loaded.source.config
     self.tokenizer = loaded.source.tokenizer
     self.on_progress: OnProgress = lambda what, done, total: None
+    self.record = False
 
   @property
   def stats(self) -> Stats:
     return self._session.stats()
+
+  def timeline(self) -> list[Span]:
+    """Returns what the latest run did and when, for `timeline.write`.
+
+    Empty unless `record` was set before that run and it has ended.
+    """
+    return self._session.spans
 
   def generate(
     self,
@@ -205,7 +215,7 @@ class LLM:
       done += tokens
       self.on_progress('generate', done, total)
 
-    with self._session.measured():
+    with self._session.measured(self.record):
       for block in self._blocks(ids, work):
         self._session.run(block, requests, work, on_token)
         for n in sorted(block.index[block.index >= 0].tolist()):
@@ -234,7 +244,7 @@ class LLM:
     total = sum(map(len, ids))
     done = 0
     scores = []
-    with self._session.measured():
+    with self._session.measured(self.record):
       for block in self._blocks(ids, work):
         for k, logprobs, greedy in self._session.score(block, work):
           for row, n in enumerate(block.index[k].tolist()):

@@ -20,7 +20,9 @@ from flexjax.runtime.engine import Batch
 from flexjax.runtime.generate import Progress, Request
 from flexjax.runtime.loaded import LoadedModel
 from flexjax.runtime.plan import Plan
+from flexjax.runtime.recorder import Recorder
 from flexjax.runtime.stats import Stats
+from flexjax.runtime.timeline import Span
 from flexjax.schedule.zigzag import ORDERS, Shape, actions
 
 _TOTALS = (
@@ -34,26 +36,38 @@ _SIZE_FUNCTIONS = 6  # compiled anew for a new batch size
 
 
 class Session:
-  """A loaded model at work."""
+  """A loaded model at work.
+
+  Attributes:
+    spans: of the latest run, if it was recorded.
+  """
 
   def __init__(self, loaded: LoadedModel):
     self.loaded = loaded
     self._stats = Stats()
+    self.spans: list[Span] = []
 
   @contextmanager
-  def measured(self) -> Iterator[None]:
-    """Collects the figures of what runs inside."""
+  def measured(self, record: bool = False) -> Iterator[None]:
+    """Collects the figures of what runs inside, and its spans if wanted."""
     loaded = self.loaded
-    assert loaded.store is not None
+    store = loaded.store
+    assert store is not None
     self._totals: dict[str, Any] = dict.fromkeys(_TOTALS, 0)
     links = dict(loaded.meter.link_bytes)
     busy, began = loaded.meter.busy_seconds, time.perf_counter()
-    loaded.store.reset_peaks()
+    store.reset_peaks()
+    self.spans = []
+    recorder = store.recorder = Recorder() if record else None
     try:
       yield
     finally:
       if loaded.store is not None:  # else it was closed meanwhile
         self._measure(links, busy, time.perf_counter() - began)
+      if store.recorder is recorder:  # else another run has begun
+        store.recorder = None
+      if recorder is not None:
+        self.spans = recorder.close()
 
   def _measure(
     self, links: Mapping[str, int], busy: float, seconds: float
@@ -167,6 +181,8 @@ class Session:
       overlap=self.loaded.policy.overlap,
       wanted=decoding.wanted,
     )
+    if (recorder := self.loaded.engine.store.recorder) is not None:
+      todo = recorder.dispatched(todo)
     try:
       with jax.transfer_guard('disallow'):
         self.loaded.engine.run(todo, batches, work.prompt_len, decoding)

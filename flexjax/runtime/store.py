@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 import jax
 
 from flexjax.runtime.meter import Meter
+from flexjax.runtime.recorder import Recorder
 from flexjax.tiers.base import At, Pending, Spec, Tier, Value
 from flexjax.tiers.device import DeviceTier
+from flexjax.tiers.disk import DiskTier
 from flexjax.typing import Key
 
 _DOWN = {
@@ -32,6 +34,9 @@ class Store:
     tiers: by name: 'device', 'host', and 'disk' where there is one.
     attended: the tier of a cache that the CPU attends to in place; its bytes
       are host bytes, and reading it crosses nothing.
+
+  Attributes:
+    recorder: told of everything that crosses a link, where there is one.
   """
 
   def __init__(
@@ -40,6 +45,7 @@ class Store:
     self.tiers = dict(tiers)
     self.attended = attended
     self.meter = meter
+    self.recorder: Recorder | None = None
     self.places: dict[Key, str] = {}
 
   def allocate(self, key: Key, spec: Spec, place: str) -> None:
@@ -64,6 +70,8 @@ class Store:
       return pending
     nbytes = tier.stored_nbytes(key, rows)
     self.meter.crossed(*_UP[place], nbytes=nbytes)
+    if self.recorder is not None:
+      self.recorder.load(key, nbytes, _UP[place], pending, tier.moves)
     if not tier.moves:
       return pending
     # A host read is queued already; a disk read is waited for by the watcher.
@@ -73,10 +81,19 @@ class Store:
 
   def put(self, key: Key, value: Value, at: At | None = None) -> None:
     """Stores a value, or rows of it, where the key lives."""
-    self._tier(key).write(key, value, at)
-    if links := _DOWN[self.places[key]]:
+    tier, links = self._tier(key), _DOWN[self.places[key]]
+    ends = []
+    if self.recorder is not None and isinstance(tier, DiskTier):
+      # The tier's own first step: done here, its end can be watched.
+      value = jax.device_put(dict(value), tier.host)
+      ends.append(value)
+    tier.write(key, value, at)
+    if links:
       nbytes = sum(v.nbytes for v in value.values())
       self.meter.crossed(*links, nbytes=nbytes)
+      if self.recorder is not None:
+        ends.append(tier.written(key))
+        self.recorder.store(key, nbytes, links, ends)
 
   @property
   def device(self) -> DeviceTier:

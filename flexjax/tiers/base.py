@@ -108,6 +108,14 @@ class Tier(abc.ABC):
     to one token after the prefill.
     """
 
+  @abc.abstractmethod
+  def written(self, key: Key) -> Any:
+    """Returns what is ready once the latest write to `key` has ended.
+
+    Arrays, which the next write may donate, or a function that waits and
+    raises what the write has raised.
+    """
+
   def stored_nbytes(self, key: Key, rows: int | None = None) -> int:
     """Returns the bytes that reading the first `rows` rows of `key` takes."""
     del rows

@@ -1,5 +1,7 @@
 """The accelerator's own memory: reads cost nothing, writes stay in place."""
 
+from typing import Any
+
 import jax
 import numpy as np
 from jax.sharding import Sharding
@@ -57,6 +59,9 @@ class DeviceTier(Tier):
         )
       )
     self._values[key] = update(values, moved, self._index(at.begin))
+
+  def written(self, key: Key) -> Any:
+    return list(self._values[key].values())
 
   def _moved(self, value: Value) -> dict[str, jax.Array]:
     """Brings a value home; one that is there already costs no call."""

@@ -128,6 +128,10 @@ class DiskTier(Tier):
     )
     self._under_way.append(self._writes[key])
 
+  def written(self, key: Key) -> Any:
+    write = self._writes.get(key)
+    return () if write is None else write.result
+
   def wait(self) -> None:
     for future in list(self._writes.values()):
       future.result()
