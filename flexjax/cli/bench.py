@@ -9,8 +9,8 @@ generate. Every request gets all of its tokens.
 import numpy as np
 from absl import flags
 
+from flexjax.cli import files, report
 from flexjax.cli import flags as shared
-from flexjax.cli import report
 from flexjax.config import SamplingParams
 from flexjax.errors import InputError
 
@@ -20,6 +20,7 @@ FLAGS = flags.FLAGS
 def define() -> None:
   shared.define_policy()
   report.define()
+  report.define_trace()
   flags.DEFINE_integer('prompt_len', 512, 'Tokens in every prompt.')
   flags.DEFINE_integer('gen_len', 32, 'Tokens to generate for every prompt.')
   flags.DEFINE_integer(
@@ -33,6 +34,8 @@ def run() -> None:
     value = FLAGS[name].value
     if value is not None and value < 1:
       raise InputError(f'{name} must be at least 1, got {value}')
+  for name in ('stats', 'trace'):
+    files.check_writable(name, FLAGS[name].value)
   with shared.open_model() as llm, report.progress(llm):
     count = FLAGS.num_prompts
     count = count or (FLAGS.batch_size or 16) * (FLAGS.num_batches or 1)
@@ -41,6 +44,8 @@ def run() -> None:
     ids = rng.integers(4, llm.config.vocab_size, size).tolist()
     params = SamplingParams(max_new_tokens=FLAGS.gen_len, ignore_eos=True)
     llm.warm_up(ids, params)
-    for _ in range(FLAGS.repeats):
+    for n in range(FLAGS.repeats):
+      llm.record = bool(FLAGS.trace) and n == FLAGS.repeats - 1
       llm.generate(ids, params)
+  report.write_trace(llm)
   report.show(llm)

@@ -29,6 +29,7 @@ _FIELDS = tuple(f.name for f in dataclasses.fields(SamplingParams))
 def define() -> None:
   shared.define_policy()
   report.define()
+  report.define_trace()
   flags.DEFINE_multi_string('prompt', [], 'A prompt; may be given repeatedly.')
   flags.DEFINE_string('input', None, 'File of prompts: text lines or .jsonl.')
   flags.DEFINE_string(
@@ -63,14 +64,13 @@ def define() -> None:
 
 def run() -> None:
   prompts, params = _requests()
-  for name in ('output', 'stats'):
+  for name in ('output', 'stats', 'trace'):
     files.check_writable(name, FLAGS[name].value)
-  with (
-    shared.open_model() as llm,
-    report.progress(llm),
-    contextlib.closing(llm.stream(prompts, params)) as results,
-  ):
-    _write(results)
+  with shared.open_model() as llm, report.progress(llm):
+    llm.record = bool(FLAGS.trace)
+    with contextlib.closing(llm.stream(prompts, params)) as results:
+      _write(results)
+  report.write_trace(llm)
   report.show(llm)
 
 
@@ -109,8 +109,10 @@ def _requests() -> tuple[list, list[SamplingParams]]:
     return FLAGS.prompt, [default] * len(FLAGS.prompt)
   path = Path(FLAGS.input)
   lines = files.read_lines(path, 'prompts')
-  if FLAGS.output and Path(FLAGS.output).resolve() == path.resolve():
-    raise InputError('--output would overwrite --input')
+  for name in ('output', 'trace'):
+    value = FLAGS[name].value
+    if value and Path(value).resolve() == path.resolve():
+      raise InputError(f'--{name} would overwrite --input')
   if path.suffix != '.jsonl':
     return [line for _, line in lines], [default] * len(lines)
   parsed = [_parse(where, line, default) for where, line in lines]

@@ -12,6 +12,7 @@ import rich.progress
 import rich.table
 from absl import flags
 
+from flexjax.runtime import timeline
 from flexjax.runtime.llm import LLM
 
 FLAGS = flags.FLAGS
@@ -25,6 +26,20 @@ _LABELS = {
 
 def define() -> None:
   flags.DEFINE_string('stats', None, "File for the run's figures, JSON.")
+
+
+def define_trace() -> None:
+  flags.DEFINE_string(
+    'trace',
+    None,
+    'File for the timeline of the run, a Chrome/Perfetto trace.',
+  )
+
+
+def write_trace(llm: LLM) -> None:
+  """Writes --trace, where it is wanted: what the latest run did when."""
+  if FLAGS.trace:
+    timeline.write(FLAGS.trace, llm.timeline(), 'measured')
 
 
 @contextmanager

@@ -166,6 +166,10 @@ import shutil
 whole = shutil.disk_usage('/')
 shutil.disk_usage = lambda path: whole._replace(free=4096)
 """
+NO_WEIGHTS = """
+from flexjax.runtime.loaded import LoadedModel
+LoadedModel._fill = None
+"""
 # name: (what is changed, flags, what the line says, patch)
 REFUSED = {
   'no such model': (None, ['--model={}/none'], r'/none'),
@@ -340,6 +344,13 @@ REFUSED = {
   'output is a directory': (None, ['--output={}/one'], r'/one'),
   'output over input': (None, ['--output={}/in.jsonl'], r'overwrite'),
   'stats in no directory': (None, ['--stats={}/no/stats'], r'/no/stats'),
+  'trace in no directory': (
+    None,
+    ['--trace={}/no/trace'],
+    r'--trace.*/no/trace',
+    NO_WEIGHTS,
+  ),
+  'trace over input': (None, ['--trace={}/in.jsonl'], r'overwrite'),
 }
 
 
@@ -383,6 +394,15 @@ COMMAND_LINES = {
     r'top_k',
   ),
   'bench of no tokens': (['bench', '--gen_len=0'], r'gen_len.*0'),
+  'bench with an unwritable trace': (
+    ['bench', '--trace={}/no/trace'],
+    r'--trace.*/no/trace',
+  ),
+  'bench with unwritable stats': (
+    ['bench', '--stats={}/no/stats'],
+    r'--stats.*/no/stats',
+  ),
+  'eval with a trace': (['eval', '--trace={}/trace'], r'trace'),
   'bench beyond the context': (
     ['bench', '--model=opt-125m', '--random_weights', '--prompt_len=2040'],
     r'2048',
@@ -555,6 +575,56 @@ def test_bench(flexjax, place, argv):
   assert 'throughput' in done.stderr
 
 
+TRACED = {
+  'generate': [
+    '--input={}/in.jsonl',
+    '--output={}/out.jsonl',
+    '--max_new_tokens=4',
+    '--ignore_eos',
+  ],
+  'bench': [
+    '--prompt_len=5',
+    '--gen_len=4',
+    '--num_prompts=2',
+    '--repeats=2',
+  ],
+}
+
+
+@pytest.mark.parametrize('command', TRACED)
+def test_trace(flexjax, place, command):
+  trace, stats = place / 'trace.json', place / 'stats.json'
+  trace.write_text('an older one')
+  done = flexjax(
+    command,
+    f'--model={place}/one',
+    f'--disk_dir={place}/disk',
+    '--weights=30,30,40',
+    '--cache=0,50,50',
+    '--hidden=0,50,50',
+    '--batch_size=1',
+    '--num_batches=2',
+    f'--trace={trace}',
+    f'--stats={stats}',
+    *(a.replace('{}', str(place)) for a in TRACED[command]),
+  )
+  assert done.code == 0, done.stderr
+  events = json.loads(trace.read_text())['traceEvents']
+  spans = [e for e in events if e['ph'] == 'X']
+  assert [s['ts'] for s in spans] == sorted(s['ts'] for s in spans)
+  assert spans[0]['ts'] == 0
+  tracks = {
+    e['args']['name']: e['tid'] for e in events if e['name'] == 'thread_name'
+  }
+  # Steps, layers and batches of one run; the warm-up is not in it.
+  computed = [s for s in spans if s['tid'] == tracks['device']]
+  assert len({s['name'] for s in computed}) == len(computed) == 4 * 6 * 2
+  for link, expected in json.loads(stats.read_text())['link_bytes'].items():
+    crossed = [s for s in spans if s['tid'] == tracks[link]]
+    assert sum(s['args']['bytes'] for s in crossed) == expected > 0
+  assert not list(place.glob('*.new'))
+
+
 TEXT = 'import os\r\n\r\n\r\ndef f(a, b):\n  return a + b  # é\n' * 8
 LAST_WORDS = [
   'for i in range(10):\n  for j in',
@@ -673,10 +743,6 @@ def test_perplexity_without_a_leading_token(flexjax, place):
   refuses(flexjax(*argv), r'stride.*1 and 8.*got 9')
 
 
-NO_WEIGHTS = """
-from flexjax.runtime.loaded import LoadedModel
-LoadedModel._fill = None
-"""
 LINES = ['--metric=last_token', '--input={}/in.jsonl']
 # name: (what is changed, flags, what the line says)
 NOT_EVALUATED = {
@@ -808,6 +874,7 @@ def test_interrupted_run_keeps_what_is_finished(place):
     f'--input={place}/in.jsonl',
     f'--output={out}',
     f'--stats={place}/stats.json',
+    f'--trace={place}/trace.json',
     f'--disk_dir={place}/disk',
     '--dtype=float32',
     '--weights=0,50,50',
