@@ -32,7 +32,7 @@ ACTIVATIONS = {
 }
 MATRICES = ('qkv', 'out', 'fc1', 'fc2')
 """The layers' matrices: what may be packed, unlike tables and vectors."""
-_QUERY_CHUNK = 256  # positions; scores beyond it are never held at once
+QUERY_CHUNK = 256  # positions; scores beyond it are never held at once
 _SCORE_BYTES = 64 * 2**20  # float32 scores held at once in a prefill
 _MASKED = -1e30  # finite: a row that is all padding must not become NaN
 
@@ -303,7 +303,7 @@ def attend(
   if cache is not None:
     return _attend_cached(q, rows, cache, start, position, lift)
   _, n, t, _ = q.shape
-  chunk_bytes = 4 * n * min(t, _QUERY_CHUNK) * t
+  chunk_bytes = 4 * n * min(t, QUERY_CHUNK) * t
   return jax.lax.map(
     lambda row: _attend_fresh(*row),
     (q, rows, stored, lift, start),
@@ -316,8 +316,8 @@ def _attend_fresh(q, rows, stored, lift, start):
   t = q.shape[1]
   seen = stored or rows
   out = []
-  for begin in range(0, t, _QUERY_CHUNK):
-    end = min(begin + _QUERY_CHUNK, t)
+  for begin in range(0, t, QUERY_CHUNK):
+    end = min(begin + QUERY_CHUNK, t)
     now = slice(begin, end)
     s = _product('nth,nsh->nts', q[:, now], seen['k'][:, :end])
     column = jnp.arange(end)

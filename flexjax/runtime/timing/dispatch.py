@@ -1,0 +1,171 @@
+"""Times the thread that dispatches: the engine itself, at work on a model so
+small that there is next to nothing to compute or to move."""
+
+import collections
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flexjax.config import UNPACKED, ModelConfig
+from flexjax.models import opt
+from flexjax.runtime import sampling
+from flexjax.runtime.codec import Codec
+from flexjax.runtime.compute import Compute
+from flexjax.runtime.engine import Batch, Engine
+from flexjax.runtime.formats import Format
+from flexjax.runtime.meter import Meter
+from flexjax.runtime.store import Store
+from flexjax.runtime.timing.stopwatch import Stopwatch
+from flexjax.schedule.zigzag import Shape, actions, zigzag
+from flexjax.tiers.base import Spec
+from flexjax.tiers.device import DeviceTier
+from flexjax.tiers.host import HostTier
+from flexjax.typing import Key
+
+_DTYPE = 'float32'
+_CONFIG = ModelConfig(
+  num_layers=4,
+  num_heads=4,
+  hidden_size=64,
+  ffn_size=256,
+  embed_size=64,
+  vocab_size=128,
+  max_positions=64,
+)
+_PROMPT_LEN = 1  # a prefill is then compiled with the decode steps
+_BATCH_SIZE, _NUM_BATCHES, _STEPS = 4, 2, 17
+_DEPTH = 2
+_RUNS = 5
+_LEAST = 1e-6
+
+
+def dispatch(watch: Stopwatch) -> dict[str, float]:
+  """Seconds of the dispatching thread per computed cell, per value that is
+  read from another tier, and per value that is written to one."""
+  tiny = _Tiny(watch)
+  try:
+    here = tiny.seconds('device', 'device')
+    weights_there = tiny.seconds('host', 'device')
+    state_there = tiny.seconds('device', 'host')
+  finally:
+    tiny.close()
+  count = tiny.count
+  groups = sum(
+    len(tiny.engine.layers[action.j].groups)
+    for action in tiny.todo
+    if action.kind == 'load_weights'
+  )
+  read = max(_LEAST, (weights_there - here) / groups)
+  reads = count['load_cache'] + count['load_hidden']
+  writes = count['store_cache'] + count['store_hidden']
+  write = (state_there - here - reads * read) / writes
+  return {
+    'compute': max(_LEAST, here / count['compute']),
+    'read': read,
+    'write': max(_LEAST, write),
+  }
+
+
+class _Ignore:
+  """Nobody follows the tokens."""
+
+  def took(self, i: int, k: int, result: Any) -> None:
+    pass
+
+
+class _Tiny:
+  """A small model in an engine of its own."""
+
+  def __init__(self, watch: Stopwatch):
+    machine = watch.machine
+    self._watch, self._meter = watch, Meter()
+    tiers = {
+      'device': DeviceTier(machine.device),
+      'host': HostTier(machine.pinned, machine.device),
+    }
+    self._store = Store(tiers, None, self._meter)
+    layers = opt.layers(_CONFIG, _DTYPE)
+    codec = Codec(_CONFIG, _DTYPE, UNPACKED, UNPACKED)
+    self.engine = Engine(
+      layers,
+      Compute(layers, codec, machine.chunk_tokens),
+      self._store,
+      device=machine.device,
+      pinned=machine.pinned,
+      cpu=machine.cpu,
+      host_attention=False,
+    )
+    cached = [j for j, layer in enumerate(layers) if layer.kind == 'attention']
+    shape = Shape(_STEPS, len(layers), _NUM_BATCHES, frozenset(cached))
+    self.todo = list(actions(shape, zigzag(shape), depth=_DEPTH))
+    self.count = collections.Counter(action.kind for action in self.todo)
+    self._weights: dict[Key, Spec] = {
+      ('weights', g): spec
+      for g, spec in enumerate(Format(_DTYPE).specs(_CONFIG))
+    }
+    self._state = _state_specs(cached)
+
+  def seconds(self, weights: str, state: str) -> float:
+    """Returns the thread's seconds of a block with weights, and with cache and
+    hidden states, in the tiers of these names."""
+    places = dict.fromkeys(self._weights, weights)
+    places |= dict.fromkeys(self._state, state)
+    specs = self._weights | self._state
+    for key, place in places.items():
+      self._store.allocate(key, specs[key], place)
+    for key, spec in self._weights.items():
+      value = {
+        n: self._watch.numbers(s.shape, s.dtype) for n, s in spec.items()
+      }
+      self._store.put(key, value)
+    self._run()  # compiles
+    least = min(self._run() for _ in range(_RUNS))
+    for key in places:
+      self._store.free(key)
+    return least
+
+  def _run(self) -> float:
+    batches = [self._batch() for _ in range(_NUM_BATCHES)]
+    # Not what it waits for: a device may be slower than its dispatcher.
+    began = time.thread_time()
+    self.engine.run(self.todo, batches, _PROMPT_LEN, _Ignore())
+    seconds = time.thread_time() - began
+    jax.block_until_ready([batch.tokens for batch in batches])
+    return seconds
+
+  def _batch(self) -> Batch:
+    machine, rows = self._watch.machine, np.arange(_BATCH_SIZE)
+    params = sampling.pack([None] * _BATCH_SIZE, rows)
+    zeros = [0] * _BATCH_SIZE
+    return Batch(
+      tokens=self._watch.integers([[5]] * _BATCH_SIZE),
+      start=self._watch.integers(zeros),
+      start_host=self._watch.integers(zeros, machine.cpu),
+      sampling=jax.device_put(params, machine.device),
+      mode='greedy',
+    )
+
+  def close(self) -> None:
+    self._meter.close()
+    for tier in self._store.tiers.values():
+      tier.close()
+
+
+def _state_specs(cached: list[int]) -> dict[Key, Spec]:
+  c, dtype = _CONFIG, jnp.dtype(_DTYPE)
+  columns = _PROMPT_LEN + _STEPS - 1
+  rows = jax.ShapeDtypeStruct(
+    (_BATCH_SIZE, c.num_heads, columns, c.head_size), dtype
+  )
+  hidden = jax.ShapeDtypeStruct(
+    (_BATCH_SIZE, _PROMPT_LEN, c.hidden_size), dtype
+  )
+  specs: dict[Key, Spec] = {}
+  for k in range(_NUM_BATCHES):
+    specs['hidden', k] = {'x': hidden}
+    for j in cached:
+      specs['cache', j, k] = {'k': rows, 'v': rows}
+  return specs

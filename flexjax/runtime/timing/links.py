@@ -1,0 +1,265 @@
+"""Times what moves bytes, by the tiers that a run keeps them in."""
+
+import os
+import shutil
+import statistics
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from flexjax.hardware import Curve
+from flexjax.runtime import devices
+from flexjax.runtime.engine import CACHE_AXIS
+from flexjax.runtime.timing import layers
+from flexjax.runtime.timing.points import Points
+from flexjax.runtime.timing.stopwatch import Stopwatch
+from flexjax.tiers.base import At, Spec, Tier
+from flexjax.tiers.device import DeviceTier
+from flexjax.tiers.disk import DiskTier
+from flexjax.tiers.host import HostTier
+from flexjax.typing import Key
+
+_DTYPE = 'bfloat16'
+_ROW = 4096  # bytes of a row of what is moved
+_AT_ONCE = 3  # reads under way, as with a prefetch depth of two
+_LARGER = 30  # times that a cache is as large as the rows written to it
+_TURNS = 3  # runs of which the median counts
+Start = Callable[[], Callable[[], None]]
+"""Starts transfers; returns what waits for them."""
+
+
+def host_links(watch: Stopwatch, points: Points) -> dict[str, Curve]:
+  """Seconds of transfers between host and device; none if they are one."""
+  machine = watch.machine
+  if machine.unified:
+    return {}
+  tier = HostTier(machine.pinned, machine.device)
+  up, down = [], []
+  for n, nbytes in enumerate(points.link_bytes):
+    if n and nbytes > watch.room:
+      continue
+    key: Key = ('weights', n)
+    _fill(watch, tier, key, (nbytes // _ROW, _ROW // 2))
+    up.append((nbytes, watch.wall(lambda _, key=key: tier.read(key).result())))
+    tier.free(key)
+    there = watch.numbers((nbytes // _ROW, _ROW // 2), _DTYPE)
+
+    def call(_, there=there):
+      return jax.device_put(there, machine.pinned)
+
+    down.append((nbytes, watch.wall(call)))
+  tier.close()
+  return {
+    'host_to_device': Curve(tuple(up)),
+    'device_to_host': Curve(tuple(down)),
+  }
+
+
+def disk_links(
+  watch: Stopwatch, points: Points, disk_dir: Path
+) -> dict[str, Curve]:
+  """Seconds of reads and writes below `disk_dir`, which is left as it was.
+
+  A read ends where a run computes with it. What has just been written is read,
+  so the page cache helps as much as it would a run whose disk tier fits in it.
+
+  Raises:
+    InputError: `disk_dir` cannot be written.
+  """
+  reads, writes = [], []
+  room = devices.free_disk(disk_dir) // (2 * _AT_ONCE)
+  with _disk_tier(watch, disk_dir) as tier:
+    for n, nbytes in enumerate(points.disk_bytes):
+      if not n or nbytes <= room:
+        with _on_disk(watch, tier, nbytes) as start:
+          seconds = watch.wall(lambda _: start(), lambda wait: wait())
+        reads.append((nbytes, seconds / _AT_ONCE))
+    for n, nbytes in enumerate(points.disk_writes):
+      if not n or nbytes <= room:
+        writes.append((nbytes, _disk_write(watch, tier, nbytes)))
+  return {
+    'disk_to_host': Curve(tuple(reads)),
+    'host_to_disk': Curve(tuple(writes)),
+  }
+
+
+@contextmanager
+def _disk_tier(watch: Stopwatch, disk_dir: Path) -> Iterator[DiskTier]:
+  # Named like a run's scratch: should this process be killed, the next disk
+  # tier there deletes it.
+  name = f'run-{os.getpid()}-{uuid.uuid4().hex[:8]}'
+  root, machine = disk_dir / name, watch.machine
+  try:
+    tier = DiskTier(root, machine.pinned, machine.device)
+    try:
+      yield tier
+    finally:
+      tier.close()
+  finally:
+    shutil.rmtree(root, ignore_errors=True)
+
+
+@contextmanager
+def _on_disk(watch: Stopwatch, tier: DiskTier, nbytes: int) -> Iterator[Start]:
+  """Weights of `nbytes` each, and what starts to read several at once."""
+  keys: list[Key] = [('weights', n) for n in range(_AT_ONCE)]
+  for key in keys:
+    _fill(watch, tier, key, (nbytes // _ROW, _ROW // 2))
+
+  def start():
+    pending = [tier.read(key) for key in keys]
+
+    def wait():
+      for read in pending:
+        jax.block_until_ready(read.result())
+        read.release()
+
+    return wait
+
+  yield start
+  for key in keys:
+    tier.free(key)
+    # Weights outlive their tier: other sizes would not find room.
+    shutil.rmtree(tier.root / '.'.join(map(str, key)))
+
+
+def _disk_write(watch: Stopwatch, tier: DiskTier, nbytes: int) -> float:
+  key: Key = ('cache', 0, 0)
+  shape = (8, 8, nbytes // 2**13, 64)  # keys; rows of 64 numbers in 16 bits
+  value = {'k': watch.numbers(shape, _DTYPE)}
+  tier.allocate(key, _spec(shape))
+
+  def call(_):
+    tier.write(key, value, At(CACHE_AXIS, 0))
+
+  seconds = watch.wall(call, lambda _: tier.wait())
+  tier.free(key)
+  return seconds
+
+
+def row_write(watch: Stopwatch, points: Points) -> dict[str, Curve]:
+  """Tier -> bytes of new rows -> seconds of writing them into a cache."""
+  machine = watch.machine
+  device = _write_curve(watch, points, DeviceTier(machine.device))
+  if machine.unified:  # the same memory, written by the same function
+    return {'device': device, 'host': device}
+  host = HostTier(machine.pinned, machine.device)
+  return {'device': device, 'host': _write_curve(watch, points, host)}
+
+
+def _write_curve(watch: Stopwatch, points: Points, tier: DeviceTier) -> Curve:
+  key: Key = ('cache', 0, 0)
+  found = []
+  for first, (b, n, t, h) in enumerate(points.written):
+    nbytes = 2 * b * n * t * h * jnp.dtype(_DTYPE).itemsize  # keys and values
+    if first and _LARGER * nbytes > watch.room:
+      continue
+    _fill(watch, tier, key, (b, n, _LARGER * t, h), 'kv')
+    # At home already: how they got there is the link's time.
+    rows = {x: watch.numbers((b, n, t, h), _DTYPE, tier.home) for x in 'kv'}
+
+    def call(turn, rows=rows, t=t):
+      tier.write(key, rows, At(CACHE_AXIS, turn % 4 * t))
+
+    found.append((nbytes, watch.on_device(call, lambda _: tier.wait())))
+    tier.free(key)
+  tier.close()
+  return Curve(tuple(found))
+
+
+def contention(
+  watch: Stopwatch, points: Points, disk_dir: Path | None
+) -> dict[str, float]:
+  """Link -> part of its busy time that computing loses.
+
+  0 where both at once take as long as the longer of them, 1 where they take
+  as long as one after the other.
+  """
+  if watch.machine.unified and disk_dir is None:
+    return {}
+  width, rows = (2048, 16) if watch.machine.platform == 'cpu' else (2048, 2048)
+  call = layers.mlp_layer(watch, _DTYPE, width)(rows)
+  found = {}
+  if disk_dir is not None:
+    with (
+      _disk_tier(watch, disk_dir) as disk,
+      _on_disk(watch, disk, points.contending_bytes) as start,
+    ):
+      found['disk_to_host'] = _lost(watch, call, start)
+  if not watch.machine.unified:
+    found |= _host_contention(watch, points, call)
+  return found
+
+
+def _host_contention(watch: Stopwatch, points: Points, call):
+  machine, key = watch.machine, ('weights', 0)
+  shape = (points.contending_bytes // _ROW, _ROW // 2)
+  tier = HostTier(machine.pinned, machine.device)
+  _fill(watch, tier, key, shape)
+  there = watch.numbers(shape, _DTYPE)
+
+  def up():
+    moved = [tier.read(key).result() for _ in range(_AT_ONCE)]
+    return lambda: jax.block_until_ready(moved)
+
+  def down():
+    moved = [jax.device_put(there, machine.pinned) for _ in range(_AT_ONCE)]
+    return lambda: jax.block_until_ready(moved)
+
+  found = {
+    'host_to_device': _lost(watch, call, up),
+    'device_to_host': _lost(watch, call, down),
+  }
+  tier.close()
+  return found
+
+
+def _lost(watch: Stopwatch, call, start: Start) -> float:
+  moving = watch.wall(lambda _: start(), lambda wait: wait())
+  calls = max(1, round(moving / watch.on_device(call)))
+
+  def compute() -> None:
+    for n in range(calls):
+      last = call(n)
+      if watch.machine.platform == 'cpu':  # else they run beside each other
+        jax.block_until_ready(last)
+    jax.block_until_ready(last)
+
+  def both() -> None:
+    wait = start()
+    compute()
+    wait()
+
+  computing = _median(compute)
+  moving = _median(lambda: start()())
+  together = _median(both)
+  longer, shorter = max(computing, moving), min(computing, moving)
+  return max(0.0, min(1.0, (together - longer) / shorter))
+
+
+def _median(run: Callable[[], object]) -> float:
+  seconds = []
+  for _ in range(_TURNS):
+    began = time.perf_counter()
+    run()
+    seconds.append(time.perf_counter() - began)
+  return statistics.median(seconds)
+
+
+def _fill(
+  watch: Stopwatch, tier: Tier, key: Key, shape, names: str = 'x'
+) -> None:
+  home = tier.home if isinstance(tier, DeviceTier) else watch.machine.pinned
+  tier.allocate(key, _spec(shape, names))
+  tier.write(key, {x: watch.numbers(shape, _DTYPE, home) for x in names})
+  tier.wait()
+
+
+def _spec(shape, names: str = 'k') -> Spec:
+  one = jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(_DTYPE))
+  return dict.fromkeys(names, one)

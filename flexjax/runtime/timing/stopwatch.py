@@ -1,0 +1,145 @@
+"""Seconds of one call, and the arrays to call with.
+
+Hides from those who time things that an accelerator computes while it is
+given more to do, and that a first call compiles.
+"""
+
+import functools
+import itertools
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from jax.sharding import Sharding
+
+from flexjax.runtime.devices import Machine
+
+Call = Callable[[int], Any]
+_MOST_RUNS = 20
+_CHAIN = 10  # calls behind each other; with the head start fewer than 32
+_HEAD_START_SECONDS = 3e-3
+_HEAD_START_CALLS = 16
+_HEAD_START_SIZE = 4096
+# More than any cache holds, so that operands come from memory.
+_COLD_BYTES = 2**28
+_MOST_COPIES = 8
+
+
+class Stopwatch:
+  """Times calls on a machine.
+
+  Args:
+    seconds: to spend on repeating one call; it is made at least once.
+
+  Attributes:
+    room: bytes of the device that whatever is timed may take.
+  """
+
+  def __init__(self, machine: Machine, seconds: float):
+    self.machine = machine
+    self.room = machine.device_memory // 4
+    self._seconds = seconds
+    self._head_start_calls = 0
+
+  def on_device(
+    self, call: Call, wait: Callable[[Any], Any] = jax.block_until_ready
+  ) -> float:
+    """Returns the least seconds that the device takes for one call.
+
+    An accelerator is given several calls while it is still busy with something
+    else, so that dispatching them does not count.
+
+    Args:
+      call: call(n) for n = 0, 1, 2, ...; may take other operands each time.
+      wait: blocks until the call that returned its argument is done.
+    """
+    if self.machine.platform == 'cpu':
+      return self.wall(call, wait)
+    n = itertools.count()
+    wait(call(next(n)))  # compiles
+    once = self._chain(call, wait, n, 1)
+    calls = max(1, min(_CHAIN, int(self._seconds / once / 3)))
+    return self._least(lambda: self._chain(call, wait, n, calls))
+
+  def wall(
+    self, call: Call, wait: Callable[[Any], Any] = jax.block_until_ready
+  ) -> float:
+    """Returns the least seconds from a call until it is waited for."""
+    n = itertools.count()
+
+    def run() -> float:
+      began = time.perf_counter()
+      wait(call(next(n)))
+      return time.perf_counter() - began
+
+    run()  # compiles
+    return self._least(run)
+
+  def _least(self, run: Callable[[], float]) -> float:
+    least, began = math.inf, time.perf_counter()
+    for _ in range(_MOST_RUNS):
+      least = min(least, run())
+      if time.perf_counter() - began > self._seconds:
+        break
+    return max(least, 1e-9)
+
+  def _chain(self, call: Call, wait, n, calls: int) -> float:
+    busy = self._head_start()
+    began = time.perf_counter()
+    for _ in range(calls):
+      last = call(next(n))
+    if not busy.is_ready():  # else dispatching takes longer than computing
+      jax.block_until_ready(busy)
+      began = time.perf_counter()
+    wait(last)
+    return (time.perf_counter() - began) / calls
+
+  def _head_start(self) -> Array:
+    """Gives the device something to do for a few milliseconds."""
+    x, product = self._big_product
+    if not self._head_start_calls:
+      jax.block_until_ready(product(x))
+      began = time.perf_counter()
+      jax.block_until_ready(product(x))
+      seconds = time.perf_counter() - began
+      calls = math.ceil(_HEAD_START_SECONDS / seconds)
+      self._head_start_calls = min(_HEAD_START_CALLS, calls)
+    for _ in range(self._head_start_calls):
+      last = product(x)
+    return last
+
+  @functools.cached_property
+  def _big_product(self) -> tuple[Array, Callable]:
+    size = (_HEAD_START_SIZE, _HEAD_START_SIZE)
+    return self.numbers(size, 'bfloat16'), jax.jit(lambda x: x @ x)
+
+  def numbers(
+    self, shape: Sequence[int], dtype: Any, home: Sharding | None = None
+  ) -> Array:
+    """Returns an array of small numbers, on the device or at `home`."""
+    array = np.resize(_draws(str(jax.numpy.dtype(dtype))), tuple(shape))
+    return jax.block_until_ready(
+      jax.device_put(array, home or self.machine.device)
+    )
+
+  def integers(self, value: Any, home: Sharding | None = None) -> Array:
+    """Returns committed int32, on the device or at `home`."""
+    return jax.device_put(
+      np.asarray(value, np.int32), home or self.machine.device
+    )
+
+  def copies(self, nbytes: int) -> int:
+    """How many operands of `nbytes` to take in turn, so that none is cached."""
+    count = min(_MOST_COPIES, -(-_COLD_BYTES // nbytes), self.room // nbytes)
+    return max(1, count)
+
+
+@functools.cache
+def _draws(dtype: str) -> np.ndarray:
+  """An odd number of draws, so that rows differ when it is repeated."""
+  draws = np.random.default_rng(0).normal(0, 0.02, 2**16 + 1)
+  return draws.astype(np.float32).astype(jax.numpy.dtype(dtype))
