@@ -16,6 +16,7 @@ COMMANDS = {
   'eval': 'measure how well a model predicts a text',
   'bench': 'measure how fast a model is on random prompts',
   'convert': 'write the disk tier of a model',
+  'calibrate': 'measure this machine for the planner',
 }
 _USAGE = 2  # exit code of bad input
 _INTERRUPTED = 130

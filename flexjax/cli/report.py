@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ _LABELS = {
   'load': 'loading weights',
   'generate': 'generating tokens',
   'score': 'scoring tokens',
+  'calibrate': 'measuring this machine',
 }
 
 
@@ -45,24 +46,32 @@ def write_trace(llm: LLM) -> None:
 @contextmanager
 def progress(llm: LLM) -> Iterator[None]:
   """Shows a progress bar while the body runs; nothing without a terminal."""
+  with bar() as llm.on_progress:
+    yield
+
+
+@contextmanager
+def bar() -> Iterator[Callable[[str, int, int], None]]:
+  """Likewise, for whatever calls what it yields: (what, done, total)."""
   console = rich.console.Console(stderr=True)
   if not console.is_terminal:
-    yield
+    yield lambda what, done, total: None
     return
   columns = (
     *rich.progress.Progress.get_default_columns(),
     rich.progress.MofNCompleteColumn(),
   )
-  with rich.progress.Progress(*columns, console=console, transient=True) as bar:
+  with rich.progress.Progress(
+    *columns, console=console, transient=True
+  ) as shown:
     tasks: dict[str, rich.progress.TaskID] = {}
 
     def on_progress(what: str, done: int, total: int) -> None:
       if what not in tasks:
-        tasks[what] = bar.add_task(_LABELS[what], total=total)
-      bar.update(tasks[what], completed=done, total=total)
+        tasks[what] = shown.add_task(_LABELS[what], total=total)
+      shown.update(tasks[what], completed=done, total=total)
 
-    llm.on_progress = on_progress
-    yield
+    yield on_progress
 
 
 def show(llm: LLM, figures: Mapping[str, Any] | None = None) -> None:

@@ -192,7 +192,8 @@ def _version() -> str:
 
 def _name(machine: Machine) -> str:
   if machine.platform != 'cpu':
-    return next(iter(machine.device.device_set)).device_kind
+    device: Any = next(iter(machine.device.device_set))
+    return device.device_kind
   return f'{_cpu_model()}, {_cores()} cores'
 
 

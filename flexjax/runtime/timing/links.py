@@ -45,7 +45,11 @@ def host_links(watch: Stopwatch, points: Points) -> dict[str, Curve]:
       continue
     key: Key = ('weights', n)
     _fill(watch, tier, key, (nbytes // _ROW, _ROW // 2))
-    up.append((nbytes, watch.wall(lambda _, key=key: tier.read(key).result())))
+
+    def read(_, key=key):
+      return tier.read(key).result()
+
+    up.append((nbytes, watch.wall(read)))
     tier.free(key)
     there = watch.numbers((nbytes // _ROW, _ROW // 2), _DTYPE)
 

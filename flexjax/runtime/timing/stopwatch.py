@@ -98,7 +98,7 @@ class Stopwatch:
     wait(last)
     return (time.perf_counter() - began) / calls
 
-  def _head_start(self) -> Array:
+  def _head_start(self) -> Any:
     """Gives the device something to do for a few milliseconds."""
     x, product = self._big_product
     if not self._head_start_calls:
