@@ -57,11 +57,12 @@ def run() -> None:
       on_progress=on_progress,
     )
   hardware.write(path, record)
+  print(f'{record.name}\n{record.source}\n')
   console = rich.console.Console()
   if not console.is_terminal:
     console = rich.console.Console(width=_WIDTH)
   console.print(_table(record))
-  print(path)
+  print(f'\n{path}')
 
 
 def _check_writable(path: Path) -> None:
@@ -71,8 +72,8 @@ def _check_writable(path: Path) -> None:
     raise InputError(f"output '{path}' cannot be written")
 
 
-class _Unit(NamedTuple):
-  """How amounts and rates of a curve are shown.
+class _Row(NamedTuple):
+  """A curve, and how it is shown.
 
   Attributes:
     amount: writes an amount.
@@ -80,70 +81,62 @@ class _Unit(NamedTuple):
     rate: what is done in a second; '' where a rate says nothing.
   """
 
+  what: str
+  curve: Curve
   amount: Callable[[float], str]
-  work: float
-  rate: str
-
-
-def _count(value: float) -> str:
-  return f'{_scaled(value)}'.strip()
-
-
-_BYTES = _Unit(format_bytes, 1, 'B/s')
-_NUMBERS = _Unit(lambda n: f'{_count(n)} numbers', 1, 'numbers/s')
+  work: float = 1
+  rate: str = ''
 
 
 def _table(record: Hardware) -> rich.table.Table:
-  title = f'{record.name}: {record.source}'
-  table = rich.table.Table(title=title, box=None, pad_edge=False)
-  table.add_column('')
-  for name in ('amount', 'time', 'rate'):
+  """A row for every curve: its ends, and the rate at the upper one."""
+  table = rich.table.Table(box=None, pad_edge=False)
+  table.add_column('what')
+  for name in ('least', 'takes', 'most', 'takes', 'rate'):
     table.add_column(name, justify='right')
-  for what, unit, curve in _curves(record):
-    table.add_row(what, *_ends(curve, unit))
+  for row in _rows(record):
+    table.add_row(row.what, *_ends(row))
   for name, seconds in record.dispatch.items():
-    table.add_row(f'dispatch {name}', '', _time(seconds), '')
+    table.add_row(f'dispatch, {name}', '', _time(seconds))
   for name, part in record.contention.items():
-    link = name.replace('_', ' ')
-    table.add_row(f'computing loses, {link}', '', f'{100 * part:.0f} %', '')
+    what = f'{name.replace("_", " ")}, lost to computing'
+    table.add_row(what, *[''] * 4, f'{100 * part:.0f} %')
   return table
 
 
-def _curves(record: Hardware) -> Iterator[tuple[str, _Unit, Curve]]:
+def _rows(record: Hardware) -> Iterator[_Row]:
   for link, curve in record.links.items():
-    yield link.replace('_', ' '), _BYTES, curve
+    yield _Row(link.replace('_', ' '), curve, format_bytes, 1, 'B/s')
   for dtype, family in record.mlp.items():
     for width, curve in family.curves:
       # Two products with 4 D^2 weights, a multiplication and an addition each.
-      unit = _Unit(lambda n: f'{n:.0f} rows', 16 * width * width, 'FLOP/s')
-      yield f'mlp {dtype} D={width:g}', unit, curve
+      what, work = f'mlp {dtype} D={width:g} (rows)', 16 * width * width
+      yield _Row(what, curve, '{:.0f}'.format, work, 'FLOP/s')
   for dtype, family in record.prefill_attention.items():
     for size, curve in family.curves:
+      what = f'prefill {dtype} H={size:g} (scores)'
       # Scores and values, likewise.
-      unit = _Unit(lambda n: f'{_count(n)} scores', 4 * size, 'FLOP/s')
-      yield f'prefill attention {dtype} H={size:g}', unit, curve
-  for name in ('decode_attention', 'host_attention'):
-    for dtype, curve in getattr(record, name).items():
-      yield f'{name.replace("_", " ")} {dtype}', _BYTES, curve
+      yield _Row(what, curve, _scaled, 4 * size, 'FLOP/s')
+  for name, where in (('decode', 'decode'), ('host', 'decode on the CPU')):
+    for dtype, curve in getattr(record, f'{name}_attention').items():
+      yield _Row(f'{where} {dtype}', curve, format_bytes, 1, 'B/s')
   for name in ('expand', 'pack'):
     for bits, curve in getattr(record, name).items():
-      yield f'{name} {bits} bits', _NUMBERS, curve
+      what = f'{name} {bits} bits (numbers)'
+      yield _Row(what, curve, _scaled, 1, 'numbers/s')
   for tier, curve in record.row_write.items():
-    yield f'write rows, {tier}', _BYTES, curve
-  yield 'pick', _Unit(lambda n: f'{_count(n)} logits', 1, ''), record.pick
+    yield _Row(f'write rows, {tier}', curve, format_bytes, 1, 'B/s')
+  yield _Row('pick (logits)', record.pick, _scaled)
 
 
-def _ends(curve: Curve, unit: _Unit) -> tuple[str, str, str]:
-  """Amount, time and rate at a curve's first and last points."""
-
-  def rate(point: tuple[float, float]) -> str:
-    amount, seconds = point
-    return _scaled(amount * unit.work / seconds) + unit.rate
-
-  ends = [curve.points[0], curve.points[-1]][: len(curve.points)]
-  amounts = ' .. '.join(unit.amount(x) for x, _ in ends)
-  times = ' .. '.join(_time(y) for _, y in ends)
-  return amounts, times, ' .. '.join(map(rate, ends)) if unit.rate else ''
+def _ends(row: _Row) -> list[str]:
+  """Amount and time at a curve's first and last points, and the rate there."""
+  points = row.curve.points
+  cells = []
+  for amount, seconds in (points[0], points[-1]):
+    cells += [row.amount(amount), _time(seconds)]
+  rate = _scaled(amount * row.work / seconds) + row.rate if row.rate else ''
+  return [*cells, rate]
 
 
 def _time(seconds: float) -> str:
@@ -155,5 +148,5 @@ def _time(seconds: float) -> str:
 
 def _scaled(value: float) -> str:
   """Writes 1234567 as '1.23 M': a number and the letter of its unit."""
-  power = min(4, max(0, math.floor(math.log10(value) / 3))) if value else 0
-  return f'{value / 1000**power:.3g} {("", "k", "M", "G", "T")[power]}'
+  power = min(5, max(0, math.floor(math.log10(value) / 3))) if value else 0
+  return f'{value / 1000**power:.3g} {("", *"kMGTP")[power]}'

@@ -153,8 +153,8 @@ def _with_disk(machine: Machine, record: Hardware, disk_dir: Path) -> Hardware:
     source=f'{record.source}; disk: {_source(disk_dir, True)}',
     links={**record.links, **disk},
     contention={
-      **record.contention,
       **links.contention(watch, todo, disk_dir),
+      **record.contention,
     },
     disk_space=devices.free_disk(disk_dir),
   )

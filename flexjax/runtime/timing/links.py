@@ -6,7 +6,7 @@ import statistics
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import jax
@@ -98,6 +98,7 @@ def _disk_tier(watch: Stopwatch, disk_dir: Path) -> Iterator[DiskTier]:
   # tier there deletes it.
   name = f'run-{os.getpid()}-{uuid.uuid4().hex[:8]}'
   root, machine = disk_dir / name, watch.machine
+  made = not disk_dir.exists()
   try:
     tier = DiskTier(root, machine.pinned, machine.device)
     try:
@@ -106,6 +107,9 @@ def _disk_tier(watch: Stopwatch, disk_dir: Path) -> Iterator[DiskTier]:
       tier.close()
   finally:
     shutil.rmtree(root, ignore_errors=True)
+    if made:
+      with suppress(OSError):  # it may have become someone else's, too
+        disk_dir.rmdir()
 
 
 @contextmanager

@@ -21,7 +21,7 @@ class Points:
     caches: (B, N, S, H) of attention to a cache on the device;
       `host_caches` likewise on the CPU.
     matrix_rows: rows, of 2048 numbers, of packed matrices.
-    new_rows: (B, N, T, H) of new rows that are packed.
+    new_rows: (B, N, T, H) of new rows that are packed, to `packed_bits`.
     written: (B, N, T, H) of new rows that are written.
     picked: rows of logits.
     link_bytes: of a transfer between host and device.
@@ -38,6 +38,7 @@ class Points:
   caches: tuple[tuple[int, int, int, int], ...]
   host_caches: tuple[tuple[int, int, int, int], ...] = ()
   matrix_rows: tuple[int, ...]
+  packed_bits: tuple[int, ...] = (4, 8)
   new_rows: tuple[tuple[int, int, int, int], ...]
   written: tuple[tuple[int, int, int, int], ...]
   picked: tuple[int, ...]
@@ -56,7 +57,7 @@ _CPU = Points(
     64: ((2, 12, 64), (16, 12, 64), (8, 12, 512)),
     128: ((2, 8, 64), (16, 8, 64), (8, 8, 512)),
   },
-  caches=((1, 12, 128, 64), (4, 12, 256, 64), (16, 12, 512, 64)),
+  caches=((1, 12, 128, 64), (4, 12, 256, 64), (32, 12, 512, 64)),
   matrix_rows=(512, 2048, 8192, 16384),
   new_rows=((16, 12, 1, 64), (8, 12, 64, 64), (16, 12, 256, 64)),
   written=((4, 12, 1, 64), (64, 12, 1, 64), (16, 12, 64, 64)),
@@ -77,7 +78,7 @@ _GPU = Points(
   },
   caches=((1, 32, 64, 128), (2, 32, 512, 128), (32, 32, 512, 128)),
   host_caches=((1, 32, 64, 128), (2, 32, 512, 128), (16, 32, 512, 128)),
-  matrix_rows=(512, 2048, 8192, 32768),
+  matrix_rows=(512, 8192, 32768),
   new_rows=((16, 32, 1, 128), (8, 32, 64, 128), (16, 32, 256, 128)),
   written=((16, 32, 1, 128), (64, 32, 1, 128), (16, 32, 64, 128)),
   picked=(1, 16, 64),
@@ -94,7 +95,8 @@ _QUICK_CPU = dataclasses.replace(
   prompts={64: ((4, 12, 64), (2, 12, 512))},
   caches=((1, 12, 128, 64), (8, 12, 512, 64)),
   matrix_rows=(512, 4096),
-  new_rows=((16, 12, 4, 64),),  # what packs takes seconds to compile
+  packed_bits=(4,),  # takes seconds to compile; 8 bits take about as long
+  new_rows=((16, 12, 1, 64), (8, 12, 256, 64)),
   written=((16, 12, 1, 64), (8, 12, 64, 64)),
   picked=(1, 32),
   disk_bytes=(_MIB, 16 * _MIB),
@@ -110,6 +112,7 @@ _QUICK_GPU = dataclasses.replace(
   caches=((1, 32, 64, 128), (16, 32, 512, 128)),
   host_caches=((1, 32, 64, 128), (4, 32, 512, 128)),
   matrix_rows=(2048, 16384),
+  packed_bits=(4,),
   new_rows=((16, 32, 1, 128), (8, 32, 128, 128)),
   written=((16, 32, 1, 128), (8, 32, 64, 128)),
   picked=(1, 64),
