@@ -16,6 +16,8 @@ import numpy as np
 from flexjax.config import DTYPE_BYTES, Packing, Policy, Workload
 from flexjax.errors import InputError
 from flexjax.models import opt
+from flexjax.policy.plan import Plan, resolve
+from flexjax.policy.problem import Problem
 from flexjax.quant import keys
 from flexjax.runtime import devices, sources
 from flexjax.runtime.codec import Codec
@@ -23,7 +25,6 @@ from flexjax.runtime.compute import Compute
 from flexjax.runtime.engine import Engine
 from flexjax.runtime.formats import Format
 from flexjax.runtime.meter import Meter
-from flexjax.runtime.plan import Plan, Problem, resolve
 from flexjax.runtime.store import Store
 from flexjax.runtime.weights import Weights
 from flexjax.tiers.base import Spec, Tier

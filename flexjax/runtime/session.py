@@ -15,11 +15,11 @@ import numpy as np
 from flexjax.config import Workload
 from flexjax.data.blocks import Block
 from flexjax.errors import InputError
+from flexjax.policy.plan import Plan
 from flexjax.runtime import devices, sampling
 from flexjax.runtime.engine import Batch
 from flexjax.runtime.generate import Progress, Request
 from flexjax.runtime.loaded import LoadedModel
-from flexjax.runtime.plan import Plan
 from flexjax.runtime.recorder import Recorder
 from flexjax.runtime.stats import Stats
 from flexjax.runtime.timeline import Span

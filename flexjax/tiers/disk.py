@@ -23,12 +23,12 @@ import numpy as np
 import tensorstore as ts
 from jax.sharding import Sharding
 
+from flexjax.config import MAX_DISK_WRITES
 from flexjax.errors import InputError
 from flexjax.tiers.base import At, Pending, Spec, Tier, Value
 from flexjax.typing import Key, Piece
 
 _ALIGNMENT = 64  # bytes: what XLA wants of a buffer it uses in place
-MAX_WRITES = 3  # on their way at once: each holds its rows in memory
 _CHUNK_BYTES = 16 * 2**20
 _CACHE_CHUNK_BYTES = 2 * 2**20  # a new row rewrites one chunk
 _SCRATCH = re.compile(r'run-([0-9]+)-[0-9a-f]{8}')
@@ -121,7 +121,7 @@ class DiskTier(Tier):
   def write(self, key: Key, value: Value, at: At | None = None) -> None:
     # A device array goes by way of the host's memory: the fast road.
     held = jax.device_put(dict(value), self.host)
-    while len(self._under_way) >= MAX_WRITES:
+    while len(self._under_way) >= MAX_DISK_WRITES:
       self._under_way.popleft().result()
     self._writes[key] = self._writers.submit(
       self._write, key, held, at, self._writes.get(key)

@@ -6,90 +6,16 @@ would make an impossible request fit.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
-from flexjax.config import (
-  UNPACKED,
-  ModelConfig,
-  Packing,
-  Policy,
-  Split,
-  Workload,
-  format_bytes,
-)
+from flexjax.config import MAX_DISK_WRITES, Policy, Split, format_bytes
 from flexjax.errors import InputError
 from flexjax.policy import cost
 from flexjax.policy.placement import TIERS, achieved, spread, total, window
-from flexjax.tiers.disk import MAX_WRITES
+from flexjax.policy.problem import CLASSES, Problem
 from flexjax.typing import Key
 
-# In order of claim to the fastest memory: a cache is written as well as read.
-CLASSES = ('hidden', 'cache', 'weights')
 _PASSES = ('device', 'host') * 2  # what left the disk frees its buffers
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Problem:
-  """What is to be placed.
-
-  Attributes:
-    layers: kind and weight groups of every layer, in order.
-    group_bytes: bytes of every weight group.
-    itemsize: bytes of an element of hidden states; `cache_itemsize` of cache.
-    packing, cache_packing: how matrices and the cache are stored.
-    unified: host and device are one memory, and reads from it move nothing.
-    budgets: bytes of each tier; disk 0 where there is none.
-    kept: bytes on the device beside all keys, for as long as the model is.
-    chunk_tokens: see `Compute`.
-  """
-
-  config: ModelConfig
-  work: Workload
-  layers: Sequence[tuple[str, tuple[int, ...]]]
-  group_bytes: Sequence[int]
-  itemsize: int
-  cache_itemsize: int
-  unified: bool
-  budgets: Mapping[str, int]
-  packing: Packing = UNPACKED
-  cache_packing: Packing = UNPACKED
-  kept: int = 0
-  chunk_tokens: int = 4096
-
-  @property
-  def share(self) -> bool:
-    """Whether packed matrices are expanded once for all batches of a visit:
-    unless a layer's take more than a quarter of the device."""
-    layer, _ = cost.expanded_bytes(self.config, self.packing, self.itemsize)
-    return 4 * layer <= self.budgets['device']
-
-  @property
-  def cache_bytes(self) -> int:
-    """Bytes of one (layer, batch) cache."""
-    return cost.cache_bytes(
-      self.config, self.work, self.cache_packing, self.cache_itemsize
-    )
-
-  @property
-  def cached(self) -> tuple[int, ...]:
-    """Layers that keep a KV cache."""
-    kinds = [kind for kind, _ in self.layers]
-    return tuple(j for j, kind in enumerate(kinds) if kind == 'attention')
-
-  def sizes(self, name: str) -> dict[Key, int]:
-    """Bytes of every key of a class, in the order of use."""
-    batches = range(self.work.num_batches)
-    if name == 'weights':
-      sizes = enumerate(self.group_bytes)
-      return {('weights', g): size for g, size in sizes if size}
-    if name == 'hidden':
-      size = cost.hidden_bytes(self.config, self.work, self.itemsize)
-      return {('hidden', k): size for k in batches}
-    if not self.work.cache_len:
-      return {}
-    return {
-      ('cache', j, k): self.cache_bytes for j in self.cached for k in batches
-    }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,7 +77,7 @@ def evaluate(
   )
   peak['device'] += problem.kept + (layer if problem.share else matrix)
   if 'disk' in (places[key] for key in problem.sizes('cache')):
-    peak['host'] += MAX_WRITES * problem.cache_bytes
+    peak['host'] += MAX_DISK_WRITES * problem.cache_bytes
   if not problem.unified:  # what comes from disk passes through host buffers
     peak['host'] += _in_flight(problem, policy, places, sizes, {'disk'})
   return Plan(

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from flexjax.config import ModelConfig, Policy, Split, Workload, parse_bytes
 from flexjax.errors import InputError
 from flexjax.policy.placement import TIERS, total
-from flexjax.runtime.plan import CLASSES, Problem, evaluate, resolve
+from flexjax.policy.plan import evaluate, resolve
+from flexjax.policy.problem import CLASSES, Problem
 
 CONFIG = ModelConfig(
   num_layers=4,
