@@ -1,103 +1,180 @@
-"""What a policy costs: bytes per tier, as pure functions of the problem.
+"""What a policy costs: bytes per tier and seconds per resource, affine in the
+fractions of weights, cache and hidden states on each tier.
 
-Each formula stands once: the plan and the budget check evaluate these, and the
-runtime reports the same quantities.
+A step keeps every link and every compute unit busy for so long; with overlap
+it takes as long as the busiest of them (FlexGen, section 4.3), without as long
+as all together. Whoever optimises obtains coefficients by evaluating these.
 """
 
-import dataclasses
+from collections.abc import Mapping
 
-from flexjax.config import UNPACKED, ModelConfig, Packing, Workload
+from flexjax.config import MAX_DISK_WRITES, Policy
+from flexjax.hardware import LINKS
+from flexjax.policy import volume
+from flexjax.policy.charges import Charges
+from flexjax.policy.placement import TIERS, window
+from flexjax.policy.problem import CLASSES, Problem
 
-_F32 = 4
-SCORE_BYTES = 64 * 2**20  # of float32 scores a prefill holds at once
-SCORED_BYTES = 64 * 2**20  # of float32 logits that scoring holds at once
-
-
-def cache_bytes(
-  config: ModelConfig, work: Workload, packing: Packing, itemsize: int
-) -> int:
-  """Bytes of one (layer, batch) KV cache: keys and values [B, N, S, H]."""
-  row = config.num_heads * packing.row_bytes(config.head_size, itemsize)
-  return 2 * work.batch_size * work.cache_len * row
+RESOURCES = ('dispatch', *LINKS, 'device', 'cpu')
+Shares = Mapping[str, Mapping[str, float]]
+"""Fraction of every class, 'weights', 'cache' and 'hidden', on every tier."""
 
 
-def expanded_bytes(
-  config: ModelConfig, packing: Packing, itemsize: int
-) -> tuple[int, int]:
-  """Bytes of packed matrices while they are expanded.
+def width(policy: Policy) -> int:
+  """Layer visits, or cells, whose tensors are on the device at a time."""
+  return 1 + (policy.prefetch_depth if policy.overlap else 0)
 
-  Returns:
-    Those of the largest layer, and of the largest matrix: nothing where
-    matrices are not packed.
+
+def working_bytes(problem: Problem, policy: Policy, prefill: bool) -> int:
+  """Device bytes that no key has: computes, their results, expanded weights.
+
+  Results are those of computes that have not been waited for.
   """
-  if not packing.packs:
-    return 0, 0
-  d, f = config.hidden_size, config.ffn_size
-  layer, matrix = max(4 * d * d, 2 * d * f), max(3 * d * d, d * f)
-  return layer * itemsize, matrix * itemsize
+  hidden = volume.hidden_bytes(problem.config, problem.work, problem.itemsize)
+  if not prefill:
+    hidden //= problem.work.prompt_len
+  layer, matrix = volume.expanded_bytes(
+    problem.config, problem.packing, problem.itemsize
+  )
+  workspace = volume.workspace(
+    problem.config,
+    problem.work,
+    problem.itemsize,
+    problem.cache_packing,
+    chunk_tokens=problem.chunk_tokens,
+    prefill=prefill,
+  )
+  results = (2 * width(policy) - 1) * hidden
+  expanded = layer if problem.share else matrix
+  return results + workspace + problem.kept + expanded
 
 
-def hidden_bytes(config: ModelConfig, work: Workload, itemsize: int) -> int:
-  """Bytes of one batch's hidden states [B, T, D], in prefill."""
-  return work.batch_size * work.prompt_len * config.hidden_size * itemsize
+def peak_bytes(
+  problem: Problem, policy: Policy, shares: Shares, prefill: bool
+) -> dict[str, float]:
+  """Most bytes of each tier in a phase.
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Workspace:
-  """Bytes a layer function needs beside its inputs, at its peak."""
-
-  attention: int
-  mlp: int
-  head: int
-
-  @property
-  def peak(self) -> int:
-    return max(self.attention, self.mlp, self.head)
-
-
-def chunk_rows(batch: int, columns: int, chunk_tokens: int) -> int:
-  """Rows of a prefill that go through a layer together: a divisor of all."""
-  most = max(1, chunk_tokens // columns)
-  return max(n for n in range(1, batch + 1) if batch % n == 0 and n <= most)
-
-
-def workspace(
-  config: ModelConfig,
-  work: Workload,
-  itemsize: int,
-  packing: Packing = UNPACKED,
-  *,
-  chunk_tokens: int,
-) -> Workspace:
-  """Temporaries and results of the layer functions, prefill and decode.
-
-  A prefill goes in chunks of rows, of at most `chunk_tokens`, beside the whole
-  batch's result and new rows. Attention holds the fused product in float32
-  (3 d), its transposed copy, the normalised input or the attended values, and
-  a chunk of scores twice. The MLP holds its inner activations (f),
-  once in float32 and once in the compute type. The head holds float32 logits
-  of one position, four times while it sorts them. A packed cache is expanded
-  whole in decode, keys and values.
+  Per class: fraction x bytes of all keys, and on the device the widest window
+  of loads ahead of use x the fraction that must be loaded. Placement in whole
+  keys may need more by a key of each class.
   """
-  d, f = config.hidden_size, config.ffn_size
-  everything = work.batch_size * work.prompt_len * d * itemsize
-  rows = chunk_rows(work.batch_size, work.prompt_len, chunk_tokens)
-  tokens = rows * work.prompt_len
-  row_scores = _F32 * config.num_heads * min(work.prompt_len, 256)
-  row_scores *= work.prompt_len
-  together = min(rows, max(1, SCORE_BYTES // row_scores))
-  attention = tokens * d * (3 * _F32 + 4 * itemsize)
-  attention += 2 * together * row_scores + 3 * everything  # result, rows
-  # Decode: scores of the whole cache, twice where queries are doubled.
-  columns = work.prompt_len + work.gen_len
-  scores = 4 * work.batch_size * config.num_heads * columns * _F32
-  if packing.packs:
-    scores += cache_bytes(config, work, UNPACKED, itemsize)
-  mlp = tokens * (f * (_F32 + itemsize) + d * (2 * _F32 + 2 * itemsize))
-  logits = work.batch_size * config.vocab_size * _F32
-  head = 4 * logits
-  if not work.gen_len:
-    head = 3 * max(SCORED_BYTES, config.vocab_size * _F32)
-  head += everything
-  mlp += everything
-  return Workspace(attention=max(attention, scores), mlp=mlp, head=head)
+  peak = dict.fromkeys(TIERS, 0.0)
+  peak['device'] = working_bytes(problem, policy, prefill)
+  for name in CLASSES:
+    sizes = list(problem.sizes(name).values())
+    whole = sum(sizes)
+    share = shares[name]
+    for tier in TIERS:
+      peak[tier] += share[tier] * whole
+    loaded = name != 'cache' or (policy.attention == 'device' and not prefill)
+    ahead = window(sizes, width(policy)) if loaded else 0
+    far = share['disk'] + (0 if problem.unified else share['host'])
+    peak['device'] += ahead * far
+    if not problem.unified:  # what comes from disk passes through buffers
+      peak['host'] += ahead * share['disk']
+  peak['host'] += (
+    MAX_DISK_WRITES * problem.cache_bytes * shares['cache']['disk']
+  )
+  return peak
+
+
+def step_seconds(
+  charges: Charges, policy: Policy, shares: Shares, prefill: bool
+) -> dict[str, float]:
+  """Seconds for which a token step keeps each of RESOURCES busy.
+
+  A decode step is the mean one: caches on disk are read as far as they are
+  filled.
+  """
+  busy = dict.fromkeys(RESOURCES, 0.0)
+  _compute(busy, charges, policy, prefill)
+  _weights(busy, charges, policy, shares['weights'])
+  if charges.problem.work.cache_len:
+    _cache(busy, charges, policy, shares['cache'], prefill)
+  _hidden(busy, charges, shares['hidden'], prefill)
+  for link, part in charges.hardware.contention.items():
+    busy['device'] += part * busy[link]
+  return busy
+
+
+def _compute(busy, charges: Charges, policy: Policy, prefill: bool) -> None:
+  """Every layer for every batch; packed weights are expanded once a visit
+  where batches share them."""
+  problem, batches = charges.problem, charges.problem.work.num_batches
+  on_host = policy.attention == 'host'
+  shared = problem.share and (prefill or batches > 1)
+  visits = batches if policy.schedule == 'row' else 1
+  for kind in ('embed', 'attention', 'mlp', 'head'):
+    count = sum(k == kind for k, _ in problem.layers)
+    seconds = batches * charges.layer(kind, prefill, on_host)
+    if shared:
+      seconds += visits * charges.expand(kind)
+    else:
+      seconds += batches * charges.expand_in_layer(kind, prefill)
+    busy['device'] += count * seconds
+  cells = len(problem.layers) * batches
+  busy['dispatch'] += cells * charges.hardware.dispatch['compute']
+
+
+def _weights(busy, charges: Charges, policy: Policy, share) -> None:
+  """Every group off the device crosses once a visit."""
+  problem = charges.problem
+  visits = problem.work.num_batches if policy.schedule == 'row' else 1
+  sizes = [size for size in problem.group_bytes if size]
+  for size in sizes:
+    _read(busy, charges, share, size, visits)
+
+
+def _cache(busy, charges: Charges, policy: Policy, share, prefill) -> None:
+  """Every layer's cache is read whole in decode (from disk: as far as it is
+  filled), and gets new rows."""
+  problem, work = charges.problem, charges.problem.work
+  hardware = charges.hardware
+  cells = len(problem.cached) * work.num_batches
+  rows = charges.row_bytes(prefill)
+  filled = work.prompt_len + (work.gen_len - 2) / 2
+  if not prefill and policy.attention == 'host':
+    busy['cpu'] += cells * charges.attend_on_host()
+    query = charges.query_bytes()
+    busy['device_to_host'] += cells * hardware.link('device_to_host', query)
+    busy['host_to_device'] += cells * hardware.link('host_to_device', query)
+  elif not prefill:
+    part = filled / work.cache_len
+    _read(busy, charges, share, problem.cache_bytes, cells, part)
+  _write(busy, charges, share, rows, cells)
+  for tier in TIERS:
+    seconds = cells * share[tier] * charges.write_rows(tier, prefill)
+    attended = policy.attention == 'host' and not problem.unified
+    busy['cpu' if attended else 'device'] += seconds
+
+
+def _hidden(busy, charges: Charges, share, prefill: bool) -> None:
+  """Hidden states go out after every layer but the last, and come back."""
+  problem = charges.problem
+  cells = (len(problem.layers) - 1) * problem.work.num_batches
+  size = charges.hidden_bytes(prefill)
+  _read(busy, charges, share, size, cells)
+  _write(busy, charges, share, size, cells)
+
+
+def _read(busy, charges: Charges, share, size, times, of_disk=1.0) -> None:
+  """Adds reads of a key: `of_disk` is the part that is read from disk."""
+  hardware, far = charges.hardware, share['disk']
+  disk = hardware.link('disk_to_host', size * of_disk)
+  busy['disk_to_host'] += times * share['disk'] * disk
+  if not charges.problem.unified:
+    far += share['host']
+    up = hardware.link('host_to_device', size)
+    busy['host_to_device'] += times * far * up
+  busy['dispatch'] += times * far * hardware.dispatch['read']
+
+
+def _write(busy, charges: Charges, share, size, times) -> None:
+  hardware, far = charges.hardware, share['disk']
+  disk = hardware.link('host_to_disk', size)
+  busy['host_to_disk'] += times * share['disk'] * disk
+  if not charges.problem.unified:
+    far += share['host']
+    down = hardware.link('device_to_host', size)
+    busy['device_to_host'] += times * far * down
+  busy['dispatch'] += times * far * hardware.dispatch['write']

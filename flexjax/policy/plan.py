@@ -59,27 +59,16 @@ def evaluate(
   sizes = {k: n for name in CLASSES for k, n in problem.sizes(name).items()}
   peak = total(sizes, places)
   moving = {'disk'} if problem.unified else {'host', 'disk'}
-  peak['device'] += _in_flight(problem, policy, places, sizes, moving)
-  # Results of computes that have not been waited for.
-  ahead = policy.prefetch_depth if policy.overlap else 0
-  peak['device'] += (2 * ahead + 1) * cost.hidden_bytes(
-    problem.config, problem.work, problem.itemsize
+  peak['device'] += max(
+    sum(_in_flight(problem, policy, places, sizes, moving, prefill).values())
+    + cost.working_bytes(problem, policy, prefill)
+    for prefill in (True, False)
   )
-  peak['device'] += cost.workspace(
-    problem.config,
-    problem.work,
-    problem.itemsize,
-    problem.cache_packing,
-    chunk_tokens=problem.chunk_tokens,
-  ).peak
-  layer, matrix = cost.expanded_bytes(
-    problem.config, problem.packing, problem.itemsize
-  )
-  peak['device'] += problem.kept + (layer if problem.share else matrix)
   if 'disk' in (places[key] for key in problem.sizes('cache')):
     peak['host'] += MAX_DISK_WRITES * problem.cache_bytes
   if not problem.unified:  # what comes from disk passes through host buffers
-    peak['host'] += _in_flight(problem, policy, places, sizes, {'disk'})
+    buffers = _in_flight(problem, policy, places, sizes, {'disk'}, False)
+    peak['host'] += sum(buffers.values())
   return Plan(
     problem=problem,
     policy=policy,
@@ -89,9 +78,11 @@ def evaluate(
   )
 
 
-def _in_flight(problem, policy, places, sizes, moving) -> int:
-  """Most bytes that are on the device for a while: loads ahead of use."""
-  width = 1 + (policy.prefetch_depth if policy.overlap else 0)
+def _in_flight(
+  problem, policy, places, sizes, moving, prefill
+) -> dict[str, int]:
+  """Most bytes of each class that are loaded ahead of use."""
+  width = cost.width(policy)
 
   def moved(key: Key) -> int:
     return sizes.get(key, 0) if places.get(key) in moving else 0
@@ -100,19 +91,24 @@ def _in_flight(problem, policy, places, sizes, moving) -> int:
   # Sets, because a tied table is held once for the head and the embedding.
   layers = [set(groups) for _, groups in problem.layers]
   ring = layers + layers[: width - 1]
-  in_flight = max(
-    sum(moved(('weights', g)) for g in set().union(*ring[j : j + width]))
-    for j in range(len(layers))
-  )
-  in_flight += window([moved(('hidden', k)) for k in batches], width)
-  if policy.attention == 'device':
-    cells = [
-      moved(('cache', j, k))
-      for j in range(len(problem.layers))
-      for k in batches
-    ]
-    in_flight += window(cells, width)
-  return in_flight
+  flight = {
+    'weights': max(
+      sum(moved(('weights', g)) for g in set().union(*ring[j : j + width]))
+      for j in range(len(layers))
+    ),
+    'hidden': window([moved(('hidden', k)) for k in batches], width),
+    'cache': 0,
+  }
+  if policy.attention == 'device' and not prefill:
+    flight['cache'] = window(
+      [
+        moved(('cache', j, k))
+        for j in range(len(problem.layers))
+        for k in batches
+      ],
+      width,
+    )
+  return flight
 
 
 def resolve(

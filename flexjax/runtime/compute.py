@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from flexjax.models import opt
-from flexjax.policy import cost
+from flexjax.policy import volume
 from flexjax.runtime import sampling
 from flexjax.runtime.codec import Codec
 
@@ -127,7 +127,7 @@ def _apply(
     return module.apply(params, hidden, x, method='output'), packed
 
   batch, columns = hidden.shape[:2]
-  rows = cost.chunk_rows(batch, columns, chunk_tokens)
+  rows = volume.chunk_rows(batch, columns, chunk_tokens)
   if cache is not None or rows == batch:
     return layer(hidden, start)
 
@@ -166,7 +166,9 @@ def _score(module, weights, hidden, targets):
   Positions go through the head a chunk at a time: all logits of a prompt
   would be gigabytes.
   """
-  chunk = cost.SCORED_BYTES // (4 * module.config.vocab_size * hidden.shape[0])
+  chunk = volume.SCORED_BYTES // (
+    4 * module.config.vocab_size * hidden.shape[0]
+  )
 
   def one(columns):
     x, target = columns  # [B, D], [B]

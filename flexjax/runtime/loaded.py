@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flexjax.config import DTYPE_BYTES, Packing, Policy, Workload
+from flexjax.config import Packing, Policy, Workload
 from flexjax.errors import InputError
 from flexjax.models import opt
 from flexjax.policy.plan import Plan, resolve
@@ -123,7 +123,7 @@ class LoadedModel:
         for layer in opt.layers(self.source.config, form.dtype)
       ],
       group_bytes=self.weights.group_bytes(form),
-      itemsize=DTYPE_BYTES[form.dtype],
+      dtype=form.dtype,
       cache_itemsize=_cache_dtype(form.dtype, self.policy).itemsize,
       packing=form.packing,
       cache_packing=self._cache_packing(form),

@@ -43,7 +43,7 @@ def problem(
     ),
     layers=LAYERS,
     group_bytes=GROUPS,
-    itemsize=4,
+    dtype='float32',
     cache_itemsize=4,
     unified=unified,
     budgets={'device': PLENTY, 'host': PLENTY, 'disk': PLENTY, **budgets},

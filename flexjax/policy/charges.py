@@ -1,0 +1,155 @@
+"""What every kind of Action takes on a machine, in seconds.
+
+The cost model adds these up and the simulator queues them one by one, so that
+both charge the same. Amounts of work are those of the layer functions; how
+long an amount takes is the hardware record's business.
+"""
+
+from flexjax.config import UNPACKED
+from flexjax.hardware import Hardware
+from flexjax.policy import volume
+from flexjax.policy.problem import Problem
+
+QUERY_CHUNK = 256  # positions whose scores a prefill computes together
+
+
+def computed_scores(prompt_len: int) -> int:
+  """Scores of one head and prompt that a prefill computes.
+
+  Queries go in chunks; a chunk's keys end where its queries do.
+  """
+  ends = [*range(QUERY_CHUNK, prompt_len, QUERY_CHUNK), prompt_len]
+  begins = [0, *ends[:-1]]
+  return sum((e - b) * e for b, e in zip(begins, ends, strict=True))
+
+
+class Charges:
+  """Seconds of a problem's Actions on a machine.
+
+  Raises:
+    InputError: the record says nothing of the problem's dtype.
+  """
+
+  def __init__(self, problem: Problem, hardware: Hardware):
+    self.problem, self.hardware = problem, hardware
+    self._mlp = hardware.of(hardware.mlp, problem.dtype)
+    self._fresh = hardware.of(hardware.prefill_attention, problem.dtype)
+    self._cached = hardware.of(hardware.decode_attention, problem.dtype)
+
+  def layer(self, kind: str, prefill: bool, on_host: bool = False) -> float:
+    """Device seconds of one layer for one batch, packed weights expanded.
+
+    Args:
+      on_host: the CPU attends to the cache meanwhile; see `attend_on_host`.
+    """
+    c, work = self.problem.config, self.problem.work
+    d, f = c.hidden_size, c.ffn_size
+    if kind == 'embed':
+      return self._copy(prefill)
+    if kind == 'mlp':
+      return self._dense(2 * d * f, prefill)
+    if kind == 'attention':
+      seconds = self._dense(4 * d * d, prefill)
+      if not (on_host and not prefill):
+        seconds += self._attention(prefill)
+      return seconds
+    if work.gen_len:
+      logits = work.batch_size * c.vocab_size
+      last = self._product(c.vocab_size * c.embed_size, work.batch_size)
+      return last + self.hardware.pick(logits)
+    tokens = work.batch_size * work.prompt_len
+    logits = tokens * c.vocab_size
+    return self._product(
+      c.vocab_size * c.embed_size, tokens
+    ) + self.hardware.pick(logits)
+
+  def _dense(self, parameters: int, prefill: bool) -> float:
+    """Products of a batch with matrices; a prefill goes in chunks of rows."""
+    work = self.problem.work
+    if not prefill:
+      return self._product(parameters, work.batch_size)
+    rows = volume.chunk_rows(
+      work.batch_size, work.prompt_len, self.problem.chunk_tokens
+    )
+    chunks = work.batch_size // rows
+    return chunks * self._product(parameters, rows * work.prompt_len)
+
+  def _product(self, parameters: int, rows: int) -> float:
+    """An MLP layer of width D has 8 D^2 parameters; others have their part."""
+    d = self.problem.config.hidden_size
+    return self._mlp(d, rows, 2) * parameters / (8 * d * d)
+
+  def _attention(self, prefill: bool) -> float:
+    c, work = self.problem.config, self.problem.work
+    packing = self.problem.cache_packing
+    if prefill:
+      heads = work.batch_size * c.num_heads
+      scores = heads * computed_scores(work.prompt_len)
+      return self._fresh(c.head_size, scores, 0) + self._pack(work.prompt_len)
+    nbytes = volume.cache_bytes(c, work, UNPACKED, self.problem.itemsize)
+    seconds = self._cached(nbytes)
+    if packing.packs:
+      half = nbytes // self.problem.itemsize // 2  # keys, then values
+      seconds += 2 * self.hardware.expand[str(packing.bits)](half)
+      seconds += self._pack(1)
+    return seconds
+
+  def _pack(self, tokens: int) -> float:
+    packing = self.problem.cache_packing
+    if not packing.packs or not self.problem.work.cache_len:
+      return 0.0
+    d, batch = self.problem.config.hidden_size, self.problem.work.batch_size
+    return 2 * self.hardware.pack[str(packing.bits)](batch * tokens * d)
+
+  def _copy(self, prefill: bool) -> float:
+    return self.hardware.row_write['device'](self.hidden_bytes(prefill))
+
+  def expand(self, kind: str) -> float:
+    """Device seconds to expand a layer's packed matrices."""
+    packing, d = self.problem.packing, self.problem.config.hidden_size
+    if not packing.packs or kind not in ('attention', 'mlp'):
+      return 0.0
+    f = self.problem.config.ffn_size
+    matrices = (3 * d * d, d * d) if kind == 'attention' else (d * f, d * f)
+    curve = self.hardware.expand[str(packing.bits)]
+    return sum(curve(size) for size in matrices)
+
+  def expand_in_layer(self, kind: str, prefill: bool) -> float:
+    """The same inside a layer function, once for every chunk of rows."""
+    work, chunks = self.problem.work, 1
+    if prefill:
+      rows = volume.chunk_rows(
+        work.batch_size, work.prompt_len, self.problem.chunk_tokens
+      )
+      chunks = work.batch_size // rows
+    return chunks * self.expand(kind)
+
+  def attend_on_host(self) -> float:
+    """CPU seconds of decode attention for one layer and batch."""
+    problem, hardware = self.problem, self.hardware
+    dtype = 'float32' if problem.cache_itemsize == 4 else problem.dtype
+    return hardware.of(hardware.host_attention, dtype)(problem.cache_bytes)
+
+  def write_rows(self, tier: str, prefill: bool) -> float:
+    """Device seconds to put new cache rows in their place, in a tier."""
+    if tier == 'disk':
+      return 0.0
+    return self.hardware.row_write[tier](self.row_bytes(prefill))
+
+  def row_bytes(self, prefill: bool) -> int:
+    """Bytes of the new cache rows of one layer and batch."""
+    work = self.problem.work
+    if not work.cache_len:
+      return 0
+    rows = work.prompt_len if prefill else 1
+    return self.problem.cache_bytes // work.cache_len * rows
+
+  def hidden_bytes(self, prefill: bool) -> int:
+    """Bytes of one batch's hidden states between two layers."""
+    work = self.problem.work
+    size = volume.hidden_bytes(self.problem.config, work, self.problem.itemsize)
+    return size if prefill else size // work.prompt_len
+
+  def query_bytes(self) -> int:
+    """Bytes of one batch's queries, which the CPU attends with."""
+    return self.hidden_bytes(False)

@@ -1,0 +1,87 @@
+"""What is to be placed, and how many bytes every part of it has."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from flexjax.config import (
+  DTYPE_BYTES,
+  UNPACKED,
+  ModelConfig,
+  Packing,
+  Workload,
+)
+from flexjax.policy import volume
+from flexjax.typing import Key
+
+# In order of claim to the fastest memory: a cache is written as well as read.
+CLASSES = ('hidden', 'cache', 'weights')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Problem:
+  """What is to be placed.
+
+  Attributes:
+    layers: kind and weight groups of every layer, in order.
+    group_bytes: bytes of every weight group.
+    dtype: of hidden states and of computing.
+    cache_itemsize: bytes of an element of the cache that is not packed.
+    packing, cache_packing: how matrices and the cache are stored.
+    unified: host and device are one memory, and reads from it move nothing.
+    budgets: bytes of each tier; disk 0 where there is none.
+    kept: bytes on the device beside all keys, for as long as the model is.
+    chunk_tokens: see `Compute`.
+  """
+
+  config: ModelConfig
+  work: Workload
+  layers: Sequence[tuple[str, tuple[int, ...]]]
+  group_bytes: Sequence[int]
+  dtype: str
+  cache_itemsize: int
+  unified: bool
+  budgets: Mapping[str, int]
+  packing: Packing = UNPACKED
+  cache_packing: Packing = UNPACKED
+  kept: int = 0
+  chunk_tokens: int = 4096
+
+  @property
+  def itemsize(self) -> int:
+    """Bytes of an element of hidden states."""
+    return DTYPE_BYTES[self.dtype]
+
+  @property
+  def share(self) -> bool:
+    """Whether packed matrices are expanded once for all batches of a visit:
+    unless a layer's take more than a quarter of the device."""
+    layer, _ = volume.expanded_bytes(self.config, self.packing, self.itemsize)
+    return 4 * layer <= self.budgets['device']
+
+  @property
+  def cache_bytes(self) -> int:
+    """Bytes of one (layer, batch) cache."""
+    return volume.cache_bytes(
+      self.config, self.work, self.cache_packing, self.cache_itemsize
+    )
+
+  @property
+  def cached(self) -> tuple[int, ...]:
+    """Layers that keep a KV cache."""
+    kinds = [kind for kind, _ in self.layers]
+    return tuple(j for j, kind in enumerate(kinds) if kind == 'attention')
+
+  def sizes(self, name: str) -> dict[Key, int]:
+    """Bytes of every key of a class, in the order of use."""
+    batches = range(self.work.num_batches)
+    if name == 'weights':
+      sizes = enumerate(self.group_bytes)
+      return {('weights', g): size for g, size in sizes if size}
+    if name == 'hidden':
+      size = volume.hidden_bytes(self.config, self.work, self.itemsize)
+      return {('hidden', k): size for k in batches}
+    if not self.work.cache_len:
+      return {}
+    return {
+      ('cache', j, k): self.cache_bytes for j in self.cached for k in batches
+    }
