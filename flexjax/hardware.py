@@ -79,7 +79,9 @@ class Family:
 
   def __post_init__(self) -> None:
     sizes = [size for size, _ in self.curves]
-    if not sizes or sizes != sorted(set(sizes)) or sizes[0] <= 0:
+    if not sizes or any(not (0 < size < math.inf) for size in sizes):
+      raise InputError(f'sizes of curves must be positive, got {sizes}')
+    if any(b <= a for a, b in itertools.pairwise(sizes)):
       raise InputError(f'sizes of curves must rise, got {sizes}')
 
   def __call__(self, size: float, amount: float, power: float) -> float:
@@ -165,6 +167,11 @@ class Hardware:
     ):
       if missing := [key for key in wanted if key not in field]:
         raise InputError(f'{name} of {self.name} lacks {", ".join(missing)}')
+    for name, table in ('links', self.links), ('contention', self.contention):
+      if unknown := sorted(set(table) - set(LINKS)):
+        raise InputError(
+          f"{name} of {self.name}: '{unknown[0]}' is none of {', '.join(LINKS)}"
+        )
 
   def link(self, name: str, nbytes: float) -> float:
     """Returns the seconds of one transfer; none where no link is crossed."""
@@ -211,10 +218,8 @@ class Hardware:
     for name, value in fields.items():
       try:
         values[name] = _READ[name](value)
-      except (TypeError, ValueError, AttributeError, KeyError) as e:
+      except (TypeError, ValueError, AttributeError, OverflowError) as e:
         raise InputError(f"field '{name}' cannot be read: {e}") from None
-      except InputError as e:
-        raise InputError(f"field '{name}': {e}") from None
     return cls(**values)
 
 
@@ -257,19 +262,19 @@ def _plain(value: Any) -> Any:
   if isinstance(value, Curve):
     return [[_short(x), _short(y)] for x, y in value.points]
   if isinstance(value, Family):
-    return {f'{size:g}': _plain(curve) for size, curve in value.curves}
+    return {str(_short(float(s))): _plain(c) for s, c in value.curves}
   if isinstance(value, Mapping):
     return {name: _plain(v) for name, v in value.items()}
   return _short(value) if isinstance(value, float) else value
 
 
 def _short(value: float) -> float | int:
-  value = float(f'{value:.5g}')
-  return int(value) if value == int(value) else value
+  # Counts stay exact, lest two that are close become one.
+  return int(value) if value.is_integer() else float(f'{value:.5g}')
 
 
 def _curve(value: Iterable) -> Curve:
-  return Curve(tuple((x, y) for x, y in value))
+  return Curve(tuple((_number(x), _number(y)) for x, y in value))
 
 
 def _family(value: Mapping) -> Family:

@@ -1,0 +1,267 @@
+"""A machine's record: curves, families, JSON."""
+
+import copy
+import json
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flexjax import hardware
+from flexjax.errors import InputError
+from flexjax.hardware import Curve, Family, Hardware
+
+MISSING = object()
+
+LINE = [[1, 1e-5], [1000, 1e-3]]
+FIELDS = {
+  'name': 'a machine',
+  'source': 'thin air',
+  'platform': 'gpu',
+  'unified': False,
+  'device_memory': 16 * 2**30,
+  'host_memory': 64 * 2**30,
+  'disk_space': 10**12,
+  'links': dict.fromkeys(hardware.LINKS, LINE),
+  'mlp': {'float32': {'768': LINE, '2048': LINE}, 'bfloat16': {'768': LINE}},
+  'prefill_attention': {'float32': {'64': LINE}, 'bfloat16': {'64.5': LINE}},
+  'decode_attention': {'float32': LINE, 'bfloat16': LINE},
+  'host_attention': {'float32': LINE},
+  'expand': {'4': LINE, '8': LINE},
+  'pack': {'4': LINE, '8': LINE},
+  'row_write': {'device': LINE, 'host': LINE},
+  'pick': LINE,
+  'dispatch': {'compute': 1e-4, 'read': 5e-5, 'write': 0},
+  'contention': {'host_to_device': 0.1},
+}
+
+POSITIVE = st.floats(1e-9, 1e12)
+
+
+@st.composite
+def curves(draw):
+  """Curves whose seconds rise with the amount, or stay."""
+  size = draw(st.integers(1, 6))
+  amounts = st.lists(POSITIVE, min_size=size, max_size=size, unique=True)
+  seconds = st.lists(POSITIVE, min_size=size, max_size=size)
+  xs, ys = sorted(draw(amounts)), sorted(draw(seconds))
+  return Curve(tuple(zip(xs, ys, strict=True)))
+
+
+def family(*curves):
+  return Family(tuple((size, Curve(points)) for size, points in curves))
+
+
+@given(curves())
+def test_a_curve_goes_through_its_points(curve):
+  for amount, seconds in curve.points:
+    assert curve(amount) == pytest.approx(seconds, rel=1e-6)
+
+
+@given(curves(), POSITIVE, POSITIVE)
+def test_more_work_never_takes_less_time(curve, a, b):
+  few, many = sorted((a, b))
+  assert 0 < curve(few) <= curve(many) * (1 + 1e-9)
+
+
+def test_between_two_points_seconds_follow_a_power():
+  curve = Curve(((1, 2), (100, 20000)))  # 2 x^2
+  assert curve(10) == pytest.approx(200)
+  assert curve(3) == pytest.approx(18)
+
+
+def test_beyond_its_points_a_curve_stays_or_goes_on():
+  curve = Curve(((10, 3), (20, 4), (30, 6)))
+  assert curve(1) == 3
+  assert curve(40) == pytest.approx(8)
+  assert Curve(((10, 3),))(25) == pytest.approx(7.5)
+  assert Curve(((10, 3), (20, 2)))(30) == 2  # noise does not go below 0
+
+
+def test_nothing_takes_no_time():
+  curve = Curve(((10, 3), (20, 4)))
+  assert curve(0) == curve(-1) == 0
+  assert family((64, curve.points))(64, 0, 2) == pytest.approx(0, abs=1e-200)
+
+
+@pytest.mark.parametrize(
+  'points',
+  [
+    (),
+    ((1, 1), (1, 2)),
+    ((2, 1), (1, 2)),
+    ((0, 1),),
+    ((-1, 1),),
+    ((1, 0),),
+    ((1, -1),),
+    ((1, math.nan),),
+    ((math.inf, 1),),
+  ],
+)
+def test_points_that_make_no_curve_are_refused(points):
+  with pytest.raises(InputError, match='curve'):
+    Curve(points)
+
+
+@pytest.mark.parametrize('size', [768, 900, 2048, 500, 4096])
+def test_a_family_knows_what_goes_with_a_power_of_the_size(size):
+  squares = family(
+    *((s, ((1, 1e-9 * s**2), (64, 64e-9 * s**2))) for s in (768, 2048))
+  )
+  assert squares(size, 8, 2) == pytest.approx(8e-9 * size**2)
+
+
+def test_a_family_interpolates_between_sizes():
+  steps = family((64, ((1, 1),)), (256, ((1, 16),)))
+  assert steps(128, 1, 0) == pytest.approx(4)
+  assert steps(32, 1, 0) == 1
+  assert steps(512, 1, 0) == 16
+  assert steps(512, 1, 1) == pytest.approx(32)
+
+
+@pytest.mark.parametrize(
+  'sizes', [(), (0,), (-1,), (2, 1), (1, 1), (math.nan,), (1, math.inf)]
+)
+def test_sizes_that_make_no_family_are_refused(sizes):
+  with pytest.raises(InputError, match='sizes'):
+    family(*((size, ((1, 1),)) for size in sizes))
+
+
+def test_a_record_survives_json():
+  record = Hardware.from_json(json.loads(json.dumps(FIELDS)))
+  again = Hardware.from_json(json.loads(json.dumps(record.to_json())))
+  assert again == record
+  assert again.to_json() == FIELDS
+
+
+def test_counts_that_are_close_stay_apart_in_json():
+  fields = FIELDS | {'pick': [[1000001, 0.1], [1000002, 0.123456789]]}
+  record = Hardware.from_json(fields)
+  assert record.to_json()['pick'] == [[1000001, 0.1], [1000002, 0.12346]]
+  sizes = {'1234567': LINE, '1234568': LINE}
+  fields = FIELDS | {'mlp': {'float32': sizes}}
+  assert Hardware.from_json(fields).to_json()['mlp']['float32'] == sizes
+
+
+def test_contention_may_be_left_out():
+  fields = {k: v for k, v in FIELDS.items() if k != 'contention'}
+  assert Hardware.from_json(fields).contention == {}
+
+
+def test_links_are_there_where_there_is_something_to_link():
+  with pytest.raises(InputError, match='host_to_device'):
+    Hardware.from_json(FIELDS | {'links': {}, 'disk_space': 0})
+  one = Hardware.from_json(
+    FIELDS | {'links': {}, 'disk_space': 0, 'unified': True, 'contention': {}}
+  )
+  assert one.link('host_to_device', 100) == 0
+  assert Hardware.from_json(FIELDS).link('host_to_device', 0) == 0
+  assert Hardware.from_json(FIELDS).link('host_to_device', 1000) == 1e-3
+
+
+def test_a_dtype_of_16_bits_stands_for_the_other():
+  record = Hardware.from_json(FIELDS)
+  assert record.knows('float16')
+  assert record.of(record.mlp, 'float16') is record.mlp['bfloat16']
+  half = Hardware.from_json(FIELDS | {'mlp': {'float16': {'768': LINE}}})
+  assert half.knows('bfloat16')
+  assert not half.knows('float32')
+  with pytest.raises(InputError, match=r'a machine.*float32.*float16'):
+    half.of(half.mlp, 'float32')
+
+
+BROKEN = [
+  *((name, MISSING) for name in FIELDS if name != 'contention'),
+  *((name, None) for name in FIELDS),
+  *((name, 'nonsense') for name in FIELDS if name not in ('name', 'source')),
+  ('name', 3),
+  ('source', ['a']),
+  ('platform', 'abacus'),
+  ('unified', 1),
+  ('device_memory', -1),
+  ('host_memory', True),
+  ('disk_space', math.inf),
+  ('device_memory', math.nan),
+  ('device_memory', 10**400),
+  ('links', {k: LINE for k in hardware.LINKS if k != 'disk_to_host'}),
+  ('links', dict.fromkeys((*hardware.LINKS, 'disk_to_device'), LINE)),
+  ('links', {k: [[1, 0]] for k in hardware.LINKS}),
+  ('contention', {'host_to_devise': 0.1}),
+  ('contention', {'host_to_device': -0.1}),
+  ('mlp', {'float32': LINE}),
+  ('mlp', {'float32': {}}),
+  ('mlp', {'float32': {'wide': LINE}}),
+  ('mlp', {'float32': {'nan': LINE}}),
+  ('mlp', {'float32': {'1': LINE, '1.0': LINE}}),
+  ('prefill_attention', {'float32': {'64': []}}),
+  ('decode_attention', {'float32': {'64': LINE}}),
+  ('host_attention', {'float32': [[2, 1], [1, 2]]}),
+  ('expand', {'4': LINE}),
+  ('pack', {'8': LINE}),
+  ('row_write', {'device': LINE}),
+  ('pick', []),
+  ('pick', [[1]]),
+  ('pick', [['1', '2']]),
+  ('pick', ['12', '35']),
+  ('pick', [[True, 1]]),
+  ('pick', [[10**400, 1]]),
+  ('dispatch', {'compute': 1, 'read': 1}),
+  ('dispatch', {'compute': 1, 'read': 1, 'write': '1'}),
+]
+
+
+@pytest.mark.parametrize(('name', 'value'), BROKEN)
+def test_a_broken_field_is_refused_by_name(name, value):
+  fields = copy.deepcopy(FIELDS)
+  if value is MISSING:
+    del fields[name]
+  else:
+    fields[name] = value
+  with pytest.raises(InputError, match=name):
+    Hardware.from_json(fields)
+
+
+def test_an_unknown_field_is_refused_by_name():
+  with pytest.raises(InputError, match='colour'):
+    Hardware.from_json(FIELDS | {'colour': 'green'})
+
+
+@pytest.mark.parametrize('text', ['', '[]', '{', '3', '\x80', '{"name": 1}'])
+def test_a_file_that_is_no_record_is_refused_by_name(tmp_path, text):
+  path = tmp_path / 'box.json'
+  path.write_bytes(text.encode('latin1'))
+  with pytest.raises(InputError, match=r'box\.json'):
+    hardware.read(path)
+
+
+def test_a_file_that_is_not_there_is_refused_by_name(tmp_path):
+  for path in tmp_path / 'none.json', tmp_path:
+    with pytest.raises(InputError, match=path.name):
+      hardware.read(path)
+
+
+def test_a_record_is_written_and_its_directory_made(tmp_path):
+  path = tmp_path / 'a' / 'b' / 'box.json'
+  record = Hardware.from_json(FIELDS)
+  hardware.write(path, record)
+  assert hardware.read(path) == record
+  assert [p.name for p in path.parent.iterdir()] == ['box.json']
+
+
+def test_a_write_that_fails_leaves_the_old_record(tmp_path, monkeypatch):
+  path = tmp_path / 'box.json'
+  record = Hardware.from_json(FIELDS)
+  hardware.write(path, record)
+
+  def half(self, text):
+    with self.open('w') as f:
+      f.write(text[: len(text) // 2])
+    raise OSError('disk full')
+
+  with monkeypatch.context() as patch:
+    patch.setattr(Path, 'write_text', half)
+    with pytest.raises(OSError, match='disk full'):
+      hardware.write(path, Hardware.from_json(FIELDS | {'name': 'another'}))
+  assert hardware.read(path) == record
