@@ -1,8 +1,12 @@
-"""A machine's record: curves, families, JSON."""
+"""A machine's record: curves, families, JSON, and the records that ship."""
 
 import copy
+import csv
+import importlib.util
+import itertools
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +17,8 @@ from flexjax import hardware
 from flexjax.errors import InputError
 from flexjax.hardware import Curve, Family, Hardware
 
+CONFIGS = Path(__file__).parent.parent / 'configs' / 'hardware'
+RECORDS = sorted(CONFIGS.glob('*.json'))
 MISSING = object()
 
 LINE = [[1, 1e-5], [1000, 1e-3]]
@@ -265,3 +271,118 @@ def test_a_write_that_fails_leaves_the_old_record(tmp_path, monkeypatch):
     with pytest.raises(OSError, match='disk full'):
       hardware.write(path, Hardware.from_json(FIELDS | {'name': 'another'}))
   assert hardware.read(path) == record
+
+
+# The records that ship.
+
+
+@pytest.fixture(scope='module')
+def script():
+  path = CONFIGS / 'from_data_sheet.py'
+  spec = importlib.util.spec_from_file_location('from_data_sheet', path)
+  module = importlib.util.module_from_spec(spec)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    yield module
+
+
+def test_records_are_what_the_script_writes(script, tmp_path):
+  script.main(tmp_path)
+  made = {p.name: p.read_text() for p in tmp_path.iterdir()}
+  assert made
+  for name, text in made.items():
+    assert (CONFIGS / name).read_text() == text, f'{name} is not up to date'
+
+
+def every_curve(value):
+  if isinstance(value, Curve):
+    yield value
+  elif isinstance(value, Family):
+    yield from (curve for _, curve in value.curves)
+  elif isinstance(value, dict):
+    yield from itertools.chain.from_iterable(map(every_curve, value.values()))
+
+
+@pytest.mark.parametrize('path', RECORDS, ids=lambda path: path.stem)
+def test_a_record_that_ships_is_sound(path):
+  record = hardware.read(path)
+  assert record.name
+  assert record.source.strip()
+  assert set(record.mlp) & {'float16', 'bfloat16'}
+  for dtype in record.mlp:
+    for table in record.prefill_attention, record.decode_attention:
+      assert record.of(table, dtype)
+  # A float16 cache that the CPU attends to is kept in float32.
+  assert 'float32' in record.host_attention
+  assert record.device_memory < record.host_memory
+  fields = vars(record).values()
+  for curve in itertools.chain.from_iterable(map(every_curve, fields)):
+    seconds = [y for _, y in curve.points]
+    assert seconds == sorted(seconds)
+  assert all(0 <= part < 1 for part in record.contention.values())
+
+
+def fastest(curve):
+  return max(x / y for x, y in curve.points)
+
+
+@pytest.mark.parametrize('path', RECORDS, ids=lambda path: path.stem)
+def test_no_estimate_is_beyond_the_data_sheet(script, path):
+  if path.stem not in script.MACHINES:
+    pytest.skip('measured, not from a data sheet')
+  machine, record = script.MACHINES[path.stem], hardware.read(path)
+  for size, curve in record.mlp[machine.dtype].curves:
+    assert 16 * size**2 * fastest(curve) < machine.flops
+    assert 16 * size**2 / curve(1) < machine.memory
+  # Wide layers and long inputs are limited by the machine, not by launches.
+  size, curve = record.mlp[machine.dtype].curves[-1]
+  assert 16 * size**2 * fastest(curve) > 0.25 * machine.flops
+  for head, curve in record.prefill_attention[machine.dtype].curves:
+    assert 4 * head * fastest(curve) < machine.flops
+  assert fastest(record.decode_attention[machine.dtype]) < machine.memory
+  for bits in (4, 8):
+    moved = bits / 8 + 1 / 16 + 2
+    assert fastest(record.pack[str(bits)]) < fastest(record.expand[str(bits)])
+    assert fastest(record.expand[str(bits)]) * moved < machine.memory
+  for name in ('host_to_device', 'device_to_host'):
+    assert 0.7 * machine.link < fastest(record.links[name]) < machine.link
+  assert fastest(record.row_write['host']) < machine.link
+  for curve in record.host_attention.values():
+    assert fastest(curve) < machine.memory
+  if machine.disk_space:
+    read, write = machine.disk
+    assert 0.9 * read < fastest(record.links['disk_to_host']) < read
+    assert 0.9 * write < fastest(record.links['host_to_disk']) < write
+
+
+def test_an_h200_derived_the_same_way_is_as_fast_as_measured(script):
+  h200 = script.Machine(
+    name='H200',
+    source='its data sheet',
+    platform='gpu',
+    dtype='bfloat16',
+    device_memory=1,
+    host_memory=1,
+    flops=989e12,
+    memory=4.8e12,
+    link=63e9,
+    cores=16,
+    host_rate=16 * script.HOST_32,
+  ).record
+  experiments = CONFIGS.parent.parent / 'experiments'
+  with (experiments / '03_four_bits' / 'expansion.csv').open() as f:
+    rows = [row for row in csv.DictReader(f) if row['kernel'] == 'expand']
+  for row in rows:
+    seconds = h200.expand[row['bits']](int(row['rows']) * int(row['columns']))
+    assert seconds == pytest.approx(float(row['ms']) / 1000, rel=0.2)
+  with (experiments / '02_h200_first' / 'results.csv').open() as f:
+    rows = [r for r in csv.DictReader(f) if r['row'] == '6.7b-device-8x1']
+  # Prefill of 8 x 512 tokens: an MLP and half as much in attention's products,
+  # and scores of a chunk of 256 queries end where the chunk does.
+  layer = 1.5 * h200.mlp['bfloat16'](4096, 8 * 512, 2)
+  scores = 8 * 32 * (256 * 256 + 256 * 512)
+  layer += h200.prefill_attention['bfloat16'](128, scores, 0)
+  assert rows
+  for row in rows:
+    assert 32 * layer == pytest.approx(float(row['prefill_s']), rel=0.1)
