@@ -137,12 +137,12 @@ class Charges:
     return self.hardware.row_write[tier](self.row_bytes(prefill))
 
   def row_bytes(self, prefill: bool) -> int:
-    """Bytes of the new cache rows of one layer and batch."""
-    work = self.problem.work
+    """Bytes of the new cache rows of one layer and batch, on their way."""
+    p, work = self.problem, self.problem.work
     if not work.cache_len:
       return 0
-    rows = work.prompt_len if prefill else 1
-    return self.problem.cache_bytes // work.cache_len * rows
+    size = volume.cache_bytes(p.config, work, p.cache_packing, p.itemsize)
+    return size // work.cache_len * (work.prompt_len if prefill else 1)
 
   def hidden_bytes(self, prefill: bool) -> int:
     """Bytes of one batch's hidden states between two layers."""

@@ -106,12 +106,18 @@ class Store:
     for tier in (*self.tiers.values(), self.attended):
       if tier is not None:
         tier.peak_nbytes = tier.nbytes
+    disk = self.tiers.get('disk')
+    if isinstance(disk, DiskTier):
+      disk.peak_host_nbytes = disk.host_nbytes
 
   def peak_bytes(self) -> dict[str, int]:
     """Returns the most bytes that every tier has held."""
     peak = {name: tier.peak_nbytes for name, tier in self.tiers.items()}
     if self.attended is not None:
       peak['host'] += self.attended.peak_nbytes
+    disk = self.tiers.get('disk')
+    if isinstance(disk, DiskTier) and not disk.unified:
+      peak['host'] += disk.peak_host_nbytes
     return {'device': 0, 'host': 0, 'disk': 0} | peak
 
   def _tier(self, key: Key) -> Tier:

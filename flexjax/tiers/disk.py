@@ -43,6 +43,10 @@ class DiskTier(Tier):
     host: where arrays are gathered before they are written.
     device: where reads end.
 
+  Attributes:
+    unified: host and device are one memory, where buffers are what was read.
+    peak_host_nbytes: the most that `host_nbytes` has been.
+
   Raises:
     InputError: `root` cannot be written.
   """
@@ -55,14 +59,18 @@ class DiskTier(Tier):
     self.scratch = root / f'run-{os.getpid()}-{uuid.uuid4().hex[:8]}'
     self._arrays: dict[Key, dict[str, ts.TensorStore]] = {}
     self._shapes: dict[tuple[Key, str], tuple[int, ...]] = {}
+    self._whole: dict[Key, int] = {}  # bytes of the latest whole value
     self._writes: dict[Key, Future] = {}
-    self._under_way: deque[Future] = deque()
+    self._under_way: deque[tuple[Future, int]] = deque()
+    self._writing = 0  # bytes of what is under way
+    self.peak_host_nbytes = 0
     self._buffers = _Buffers()
     self._readers = ThreadPoolExecutor(4, 'flexjax-read')
     self._writers = ThreadPoolExecutor(2, 'flexjax-write')
     # Mapped files cost half the CPU time of reads, for which the CPU backend
     # computes; from a cold disk plain reads are a fifth faster.
-    mode = 'memmap' if host == device else 'default'
+    self.unified = host == device
+    mode = 'memmap' if self.unified else 'default'
     settings = {
       'cache_pool': {'total_bytes_limit': 0},
       'file_io_mode': {'mode': mode},
@@ -80,9 +88,10 @@ class DiskTier(Tier):
       raise InputError(f"disk_dir '{root}' cannot be written: {e}") from None
 
   @property
-  def buffer_nbytes(self) -> int:
-    """Bytes of the buffers that reads pass through."""
-    return self._buffers.nbytes
+  def host_nbytes(self) -> int:
+    """Bytes of host memory: buffers that reads pass through, and writes that
+    are under way."""
+    return self._buffers.nbytes + self._writing
 
   def allocate(self, key: Key, spec: Spec) -> None:
     super().allocate(key, spec)
@@ -100,6 +109,7 @@ class DiskTier(Tier):
 
   def free(self, key: Key) -> None:
     super().free(key)
+    self._whole.pop(key, None)
     if (write := self._writes.pop(key, None)) is not None:
       write.exception()  # of no interest any more, but it must have ended
     for name in self._arrays.pop(key):
@@ -122,11 +132,24 @@ class DiskTier(Tier):
     # A device array goes by way of the host's memory: the fast road.
     held = jax.device_put(dict(value), self.host)
     while len(self._under_way) >= MAX_DISK_WRITES:
-      self._under_way.popleft().result()
+      self._written(*self._under_way.popleft())
     self._writes[key] = self._writers.submit(
       self._write, key, held, at, self._writes.get(key)
     )
-    self._under_way.append(self._writes[key])
+    nbytes = sum(v.nbytes for v in held.values())
+    if at is None:
+      self._whole[key] = nbytes
+    self._under_way.append((self._writes[key], nbytes))
+    self._writing += nbytes
+    self.count_host()
+
+  def _written(self, write: Future, nbytes: int) -> None:
+    write.result()
+    self._writing -= nbytes
+
+  def count_host(self) -> None:
+    """Takes note of the host memory that is held now."""
+    self.peak_host_nbytes = max(self.peak_host_nbytes, self.host_nbytes)
 
   def written(self, key: Key) -> Any:
     write = self._writes.get(key)
@@ -135,6 +158,8 @@ class DiskTier(Tier):
   def wait(self) -> None:
     for future in list(self._writes.values()):
       future.result()
+    while self._under_way:
+      self._written(*self._under_way.popleft())
 
   def close(self) -> None:
     """Ends the threads and deletes what belongs to this run."""
@@ -143,13 +168,10 @@ class DiskTier(Tier):
     shutil.rmtree(self.scratch, ignore_errors=True)
 
   def stored_nbytes(self, key: Key, rows: int | None = None) -> int:
-    total = 0
-    for name, spec in self.specs[key].items():
-      shape = self._shapes.get((key, name), spec.shape)
-      if rows is not None:
-        shape = (*shape[:-2], rows, shape[-1])
-      total += int(np.prod(shape)) * np.dtype(spec.dtype).itemsize
-    return total
+    nbytes = self._whole.get(key, self.sizes[key])
+    if rows is not None:
+      nbytes = nbytes // next(iter(self.specs[key].values())).shape[-2] * rows
+    return nbytes
 
   def _read(self, key: Key, rows: int | None, before: Future | None):
     if before is not None:
@@ -158,6 +180,7 @@ class DiskTier(Tier):
     for name, array in self._arrays[key].items():
       shape = self._shapes.get((key, name), array.shape)
       view = self._buffers.take(shape, array.dtype.numpy_dtype)
+      self.count_host()
       views[name] = view
       part: Any = ts.d[:][tuple(slice(0, n) for n in shape)]
       target = view

@@ -202,7 +202,7 @@ def test_reused_buffers_wait_for_their_reader(disk):
       pending = disk.read(key)
       results.append(slow(pending.result()['x']))
       pending.release(results[-1])
-  assert disk.buffer_nbytes < 6 * size * size * 4
+  assert disk.host_nbytes < 6 * size * size * 4
   for n, result in enumerate(results):
     whole = put(value(size, size, names=names, seed=n % 6))
     np.testing.assert_array_equal(result, slow(whole['x']))
