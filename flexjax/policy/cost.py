@@ -6,6 +6,7 @@ it takes as long as the busiest of them (FlexGen, section 4.3), without as long
 as all together. Whoever optimises obtains coefficients by evaluating these.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 
 from flexjax.config import MAX_DISK_WRITES, Policy
@@ -61,13 +62,12 @@ def peak_bytes(
   peak = dict.fromkeys(TIERS, 0.0)
   peak['device'] = working_bytes(problem, policy, prefill)
   for name in CLASSES:
-    sizes = list(problem.sizes(name).values())
-    whole = sum(sizes)
+    whole, ahead = _whole(problem, name), 0
     share = shares[name]
     for tier in TIERS:
       peak[tier] += share[tier] * whole
-    loaded = name != 'cache' or (policy.attention == 'device' and not prefill)
-    ahead = window(sizes, width(policy)) if loaded else 0
+    if name != 'cache' or (policy.attention == 'device' and not prefill):
+      ahead = _ahead(problem, policy, name)
     far = share['disk'] + (0 if problem.unified else share['host'])
     peak['device'] += ahead * far
     if not problem.unified:  # what comes from disk passes through buffers
@@ -76,6 +76,34 @@ def peak_bytes(
     MAX_DISK_WRITES * problem.cache_bytes * shares['cache']['disk']
   )
   return peak
+
+
+def _whole(problem: Problem, name: str) -> int:
+  """Bytes of all keys of a class."""
+  batches = problem.work.num_batches
+  if name == 'weights':
+    return sum(problem.group_bytes)
+  if name == 'cache':
+    return batches * len(problem.cached) * problem.cache_bytes
+  return batches * volume.hidden_bytes(
+    problem.config, problem.work, problem.itemsize
+  )
+
+
+def _ahead(problem: Problem, policy: Policy, name: str) -> int:
+  """Bytes of the widest window of a class, if all of it must be loaded."""
+  cells, batches = width(policy), problem.work.num_batches
+  if name == 'weights':
+    groups = problem.group_bytes
+    return window(
+      (sum(groups[g] for g in mine) for _, mine in problem.layers), cells
+    )
+  if name == 'cache':
+    # As many cells without a cache follow those of a layer with one.
+    rounds, rest = divmod(cells, 2 * batches)
+    return (rounds * batches + min(rest, batches)) * problem.cache_bytes
+  size = volume.hidden_bytes(problem.config, problem.work, problem.itemsize)
+  return min(cells, batches) * size
 
 
 def step_seconds(
@@ -120,9 +148,8 @@ def _weights(busy, charges: Charges, policy: Policy, share) -> None:
   """Every group off the device crosses once a visit."""
   problem = charges.problem
   visits = problem.work.num_batches if policy.schedule == 'row' else 1
-  sizes = [size for size in problem.group_bytes if size]
-  for size in sizes:
-    _read(busy, charges, share, size, visits)
+  for size, count in Counter(problem.group_bytes).items():
+    _read(busy, charges, share, size, count * visits)
 
 
 def _cache(busy, charges: Charges, policy: Policy, share, prefill) -> None:
