@@ -262,7 +262,7 @@ def solve(
   equal = np.zeros((len(CLASSES), count + 2))
   for row, name in enumerate(CLASSES):
     equal[row, [n for n, (c, _) in enumerate(_VARIABLES) if c == name]] = 1
-  limits = [
+  ranges = [
     _range(problem, name, tier, settled or {}) for name, tier in _VARIABLES
   ]
   result = linprog(
@@ -271,7 +271,7 @@ def solve(
     b_ub=bounds,
     A_eq=equal,
     b_eq=np.ones(len(CLASSES)),
-    bounds=[*limits, (0, None), (0, None)],
+    bounds=[*ranges, (0, None), (0, None)],
     method='highs',
   )
   if result.status != 0:

@@ -107,11 +107,12 @@ class Accounts:
   def _buffer(self, kind: tuple[str, int], change: int) -> None:
     held, most = self._buffers.get(kind, (0, 0))
     self._buffers[kind] = held + change, max(most, held + change)
-    self._count_host()
+    if held + change > most:
+      self._host += kind[1]
+      self._count_host()
 
   def _count_host(self) -> None:
     if self.problem.unified:
       return
-    buffers = sum(kind[1] * most for kind, (_, most) in self._buffers.items())
-    held = self._host + buffers + sum(self._writes)
+    held = self._host + sum(self._writes)
     self.peak['host'] = max(self.peak['host'], round(held))

@@ -13,6 +13,7 @@ from flexjax.config import MAX_DISK_WRITES
 from flexjax.hardware import Hardware
 from flexjax.policy.charges import Charges
 from flexjax.policy.cost import RESOURCES
+from flexjax.policy.placement import TIERS
 from flexjax.policy.plan import Plan
 from flexjax.runtime.accounts import Accounts
 from flexjax.runtime.timeline import Span
@@ -65,17 +66,18 @@ class Prediction:
 
 
 def predict(
-  plan: Plan, hardware: Hardware, *, watched: bool = False
+  plan: Plan, hardware: Hardware, *, watched: bool = False, first: int = _STEPS
 ) -> Prediction:
   """Predicts a block from its first steps: later ones take as long as those.
 
   Args:
     watched: requests may stop early, so that the tokens of a batch are looked
       at before its next step.
+    first: how many steps, at most.
   """
   steps = max(1, plan.problem.work.gen_len)
   run = Simulator(plan, hardware, watched=watched)
-  run.run(min(steps, _STEPS))
+  run.run(min(steps, first))
   return run.prediction(steps)
 
 
@@ -113,7 +115,18 @@ class Simulator:
     self._shared = [self.problem.share and self._shares(i) for i in (0, 1)]
     self._kinds = [kind for kind, _ in self.problem.layers]
     self._rates: dict[tuple[str, bool], tuple[float, float]] = {}
+    self._links: dict[tuple[str, float], float] = {}
+    self._cache_bytes = plan.problem.cache_bytes
+    both = (True, False)  # prefill, decode
+    self._row_bytes = {p: self.charges.row_bytes(p) for p in both}
+    self._hidden_bytes = {p: self.charges.hidden_bytes(p) for p in both}
+    self._row_seconds = {
+      (tier, p): self.charges.write_rows(tier, p)
+      for tier in TIERS
+      for p in both
+    }
     self._cell = Action('', 0, 0, -1)  # what is being charged
+    self._contention = hardware.contention
     self._now = 0.0
     self._free = dict.fromkeys(RESOURCES, 0.0)
     self._busy: list[dict[str, float]] = []  # by token step
@@ -197,8 +210,8 @@ class Simulator:
     end = begin + seconds
     self._free[resource] = end
     self._busy[self._cell.i][resource] += seconds
-    if part := self.hardware.contention.get(resource):
-      self._free['device'] += part * seconds
+    if resource in self._contention:
+      self._free['device'] += self._contention[resource] * seconds
     if self.spans is not None and seconds:
       _, i, j, k = self._cell
       args = {'i': i, 'j': j, 'k': k}
@@ -212,7 +225,10 @@ class Simulator:
     self._now = self._on('dispatch', self._now, self.hardware.dispatch[what])
 
   def _copy(self, link: str, ready: float, nbytes: float) -> float:
-    seconds = self.hardware.link(link, nbytes)
+    seconds = self._links.get((link, nbytes))
+    if seconds is None:
+      seconds = self.hardware.link(link, nbytes)
+      self._links[link, nbytes] = seconds
     return self._on(link, ready, seconds, nbytes=round(nbytes))
 
   def _fetch(self, key: Key, nbytes: float, whole: int) -> None:
@@ -276,8 +292,8 @@ class Simulator:
         self.accounts.release(('weights', group))
 
   def _load_cache(self, i: int, j: int, k: int) -> None:
-    problem, work = self.problem, self.problem.work
-    size, key = problem.cache_bytes, ('cache', j, k)
+    work = self.problem.work
+    size, key = self._cache_bytes, ('cache', j, k)
     rows = work.prompt_len + i - 1.0
     last = rows
     if self._mean:
@@ -291,7 +307,7 @@ class Simulator:
     self.accounts.fetch(i, key, size, rows * row, last * row)
 
   def _load_hidden(self, i: int, j: int, k: int) -> None:
-    size, key = self.charges.hidden_bytes(i == 0), ('hidden', k)
+    size, key = self._hidden_bytes[i == 0], ('hidden', k)
     self._fetch(key, size, size)
     self.accounts.fetch(i, key, size)
 
@@ -344,7 +360,7 @@ class Simulator:
   def _attend_on_host(self, ready, seconds, j: int, k: int) -> float:
     """Half of the products before it on the device, half after it."""
     query = self.charges.query_bytes()
-    rows = self.charges.row_bytes(False)
+    rows = self._row_bytes[False]
     near = self._on('device', ready, seconds * 3 / 4, 'project')
     if not self.problem.unified:
       near = self._copy('device_to_host', near, query + rows)
@@ -365,17 +381,17 @@ class Simulator:
   def _store_cache(self, i: int, j: int, k: int) -> None:
     if not self.problem.work.cache_len:
       return
-    key, nbytes = ('cache', j, k), self.charges.row_bytes(i == 0)
+    key, nbytes = ('cache', j, k), self._row_bytes[i == 0]
     ready = self._put(key, nbytes)
     self.accounts.put(i, key, nbytes)
-    if seconds := self.charges.write_rows(self.places[key], i == 0):
+    if seconds := self._row_seconds[self.places[key], i == 0]:
       attended = self._on_host and not self.problem.unified
       unit = 'cpu' if attended else 'device'
       ready = self._on(unit, ready, seconds, 'write rows')
     self._written[key] = ready
 
   def _store_hidden(self, i: int, j: int, k: int) -> None:
-    key, nbytes = ('hidden', k), self.charges.hidden_bytes(i == 0)
+    key, nbytes = ('hidden', k), self._hidden_bytes[i == 0]
     self._written[key] = self._put(key, nbytes)
     self.accounts.put(i, key, nbytes)
 
