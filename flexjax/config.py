@@ -230,6 +230,21 @@ CHOICES: dict[str, tuple] = {
 }
 
 
+def parse_bits(value: int | str | None, name: str) -> int | None:
+  """Reads how many bits a number shall have; 'auto' is as if not given.
+
+  Raises:
+    InputError: it is not of CHOICES; names `name`.
+  """
+  if value is None or value == 'auto':
+    return None
+  for bits in CHOICES[name]:
+    if str(value) == str(bits):
+      return bits
+  choices = ', '.join(map(str, CHOICES[name]))
+  raise InputError(f"{name} must be one of {choices} or auto, got '{value}'")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Policy:
   """How a block runs. A split that is None is filled as high up as it fits.
@@ -241,10 +256,10 @@ class Policy:
       many cells ahead cache and hidden states are.
     overlap: False makes every load and store wait for its turn.
     attention: where decode attention reads the cache: 'device', or 'host'
-      (computed by the CPU beside a host-resident cache).
+      (computed by the CPU beside a host-resident cache); None leaves it open.
     weight_bits: 16, 8 or 4 bits for each number of the layers' matrices; None
-      takes what a converted folder holds, else 16. `cache_bits` likewise for
-      keys and values.
+      takes what a converted folder holds, else 16. `cache_bits` for keys and
+      values; None is 16, unless loss is allowed.
     group_size: numbers that share a scale; None as above, else 64.
     rounding: how a group's range is chosen: 'search' for the one of least
       squared error, or 'minmax'; None as above, else 'search'.
@@ -256,9 +271,9 @@ class Policy:
   schedule: str = 'zigzag'
   prefetch_depth: int = 2
   overlap: bool = True
-  attention: str = 'device'
+  attention: str | None = 'device'
   weight_bits: int | None = None
-  cache_bits: int = 16
+  cache_bits: int | None = None
   group_size: int | None = None
   rounding: str | None = None
 
@@ -268,7 +283,7 @@ class Policy:
       f"schedule must be 'zigzag' or 'row', got '{self.schedule}'",
     )
     _refuse_unless(
-      self.attention in ('device', 'host'),
+      self.attention in ('device', 'host', None),
       f"attention must be 'device' or 'host', got '{self.attention}'",
     )
     _refuse_unless(
@@ -278,17 +293,16 @@ class Policy:
     for name, choices in CHOICES.items():
       value = getattr(self, name)
       _refuse_unless(
-        (value in choices and isinstance(value, int | str))
-        or (value is None and name != 'cache_bits'),
+        (value in choices and isinstance(value, int | str)) or value is None,
         f'{name} must be one of {", ".join(map(str, choices))}, got {value!r}',
       )
     _refuse_unless(
-      self.attention == 'device' or self.cache_bits == 16,
+      self.attention != 'host' or self.cache_bits in (None, 16),
       'attention=host needs cache_bits=16: the CPU would expand the whole '
       'cache for every token',
     )
     _refuse_unless(
-      self.attention == 'device' or self.cache in (None, Split(0, 100, 0)),
+      self.attention != 'host' or self.cache in (None, Split(0, 100, 0)),
       'attention=host reads the cache in host memory: give cache=0,100,0 or '
       'leave it out',
     )

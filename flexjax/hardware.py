@@ -123,7 +123,8 @@ class Hardware:
     expand: bits -> numbers of a packed tensor -> seconds.
     pack: bits -> numbers of new cache rows -> seconds.
     row_write: tier, 'device' or 'host' -> bytes of new rows -> seconds in
-      which the device computes nothing else.
+      which the device computes nothing else; 'cpu' likewise, where the CPU
+      attends beside an accelerator.
     pick: logits [B, V] -> seconds to pick tokens.
     dispatch: of DISPATCHED, seconds of the dispatching thread.
     contention: link -> part of its busy time that computing loses.

@@ -13,7 +13,8 @@ _LOAD = (
   'model', 'dtype', 'weights', 'cache', 'hidden', 'batch_size', 'num_batches',
   'schedule', 'prefetch_depth', 'overlap', 'attention', 'weight_bits',
   'cache_bits', 'group_size', 'rounding', 'device_memory', 'host_memory',
-  'disk_dir', 'random_weights', 'weights_seed',
+  'disk_dir', 'random_weights', 'weights_seed', 'allow_lossy', 'max_latency',
+  'hardware',
 )  # fmt: skip
 
 
@@ -35,11 +36,12 @@ def define_model() -> None:
   flags.DEFINE_string(
     'disk_dir', None, 'Directory of the disk tier. Default: no disk tier.'
   )
-  flags.DEFINE_integer(
+  flags.DEFINE_string(
     'weight_bits',
     None,
-    "Bits of each number of the layers' matrices: 16, 8 or 4. Default: what a "
-    'converted folder holds, else 16.',
+    "Bits of each number of the layers' matrices: 16, 8, 4 or auto. Default: "
+    'what a converted folder holds, else 16 (4 where that is faster and '
+    '--allow_lossy is given).',
   )
   flags.DEFINE_integer(
     'group_size',
@@ -71,16 +73,17 @@ def define_policy() -> None:
       name,
       None,
       f'Percentages of the {what} on device, host and disk, such as 20,80,0. '
-      'Default: as high up as they fit.',
+      'Default: what the planner finds fastest.',
     )
   flags.DEFINE_integer(
-    'batch_size', None, 'Prompts per batch, at most. Default: 16.'
+    'batch_size',
+    None,
+    'Prompts per batch, at most. Default: what the planner finds fastest.',
   )
   flags.DEFINE_integer(
     'num_batches',
     None,
-    'Batches per block, at most. Default: 1 where all weights lie on the '
-    'device, else 4.',
+    'Batches per block, at most. Default: what the planner finds fastest.',
   )
   flags.DEFINE_string(
     'schedule',
@@ -99,14 +102,31 @@ def define_policy() -> None:
   )
   flags.DEFINE_string(
     'attention',
-    Policy.attention,
+    None,
     'Where decode attention reads the cache: device, or host (on the CPU, '
-    'beside a cache in host memory).',
+    'beside a cache in host memory). Default: what the planner finds fastest.',
   )
-  flags.DEFINE_integer(
+  flags.DEFINE_string(
     'cache_bits',
-    Policy.cache_bits,
-    'Bits of each number of the KV cache: 16, 8 or 4.',
+    None,
+    'Bits of each number of the KV cache: 16, 8, 4 or auto. Default: 16 (4 '
+    'where that is faster and --allow_lossy is given).',
+  )
+  flags.DEFINE_bool(
+    'allow_lossy',
+    False,
+    'Let the planner store weights and cache in 4 bits; tokens may differ.',
+  )
+  flags.DEFINE_float(
+    'max_latency',
+    None,
+    'Seconds that a block of prompts may be predicted to take. Default: any.',
+  )
+  flags.DEFINE_string(
+    'hardware',
+    None,
+    'Record of the machine, JSON. Default: the one that calibrate keeps, or '
+    'else one that is measured quickly at the first use.',
   )
   flags.DEFINE_string(
     'device_memory',

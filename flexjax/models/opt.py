@@ -288,7 +288,7 @@ def attend(
     q: queries [B, N, T, H], already scaled.
     rows: keys and values of the new tokens, each [B, N, T, H].
     cache: keys and values, each [B, N, S, H], of which `position` rows hold
-      tokens; None where there are none yet.
+      tokens, in `q`'s dtype or float32; None where there are none yet.
     start: [B] columns of left padding in each row of the batch.
     position: column of the first new token.
     stored: the new rows as later tokens will read them, where a cache is not
@@ -332,8 +332,8 @@ def _attend_fresh(q, rows, stored, lift, start):
     x = _product('nts,nsh->nth', p.astype(q.dtype), seen['v'][:, :end])
     if stored:
       own = jnp.where(itself, p, 0).sum(-1)[..., None]
-      lost = rows['v'][:, now] - seen['v'][:, now]
-      x = x + own * lost.astype(jnp.float32)
+      exact, held = (a['v'][:, now].astype(jnp.float32) for a in (rows, seen))
+      x = x + own * (exact - held)
     out.append(x)
   return jnp.concatenate(out, axis=1).astype(q.dtype)
 
@@ -341,9 +341,9 @@ def _attend_fresh(q, rows, stored, lift, start):
 def _attend_cached(q, rows, cache, start, position, lift):
   """Two softmaxes in one: over the cache's rows and over the new ones."""
   t = q.shape[2]
-  queries = q
-  if t == 1 and q.dtype.itemsize < 4:
-    # XLA:CPU: a single 16-bit query reads the cache at 1 GB/s, two at 7.
+  queries, stored = q, cache['k'].dtype
+  if t == 1 and stored.itemsize < 4:
+    # On an H200 the cache is read at 2.6 TB/s instead of 1.7.
     queries = jnp.concatenate([q, q], axis=2)
   old = _product('bnth,bnsh->bnts', queries, cache['k'])
   if lift:
@@ -359,7 +359,7 @@ def _attend_cached(q, rows, cache, start, position, lift):
   top = jnp.maximum(old.max(-1), new.max(-1))[..., None]
   old, new = jnp.exp(old - top), jnp.exp(new - top)
   total = (old.sum(-1) + new.sum(-1))[..., None]
-  x = _product('bnts,bnsh->bnth', old.astype(q.dtype), cache['v'])
+  x = _product('bnts,bnsh->bnth', old.astype(stored), cache['v'])
   x = x + _product('bnts,bnsh->bnth', new.astype(q.dtype), rows['v'])
   return (x / total)[:, :, :t].astype(q.dtype)
 
@@ -370,4 +370,11 @@ def _lifted(spec: str, a: Array, b: Array) -> Array:
 
 
 def _product(spec: str, a: Array, b: Array) -> Array:
-  return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+  """In the wider type of the two, summed in float32."""
+  wider = jnp.promote_types(a.dtype, b.dtype)
+  return jnp.einsum(
+    spec,
+    a.astype(wider),
+    b.astype(wider),
+    preferred_element_type=jnp.float32,
+  )

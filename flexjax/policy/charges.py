@@ -34,7 +34,7 @@ class Charges:
     self.problem, self.hardware = problem, hardware
     self._mlp = hardware.of(hardware.mlp, problem.dtype)
     self._fresh = hardware.of(hardware.prefill_attention, problem.dtype)
-    self._cached = hardware.of(hardware.decode_attention, problem.dtype)
+    self._cached = hardware.of(hardware.decode_attention, problem.cache_dtype)
 
   def layer(self, kind: str, prefill: bool, on_host: bool = False) -> float:
     """Device seconds of one layer for one batch, packed weights expanded.
@@ -86,10 +86,11 @@ class Charges:
       heads = work.batch_size * c.num_heads
       scores = heads * computed_scores(work.prompt_len)
       return self._fresh(c.head_size, scores, 0) + self._pack(work.prompt_len)
-    nbytes = volume.cache_bytes(c, work, UNPACKED, self.problem.itemsize)
+    itemsize = self.problem.cache_itemsize
+    nbytes = volume.cache_bytes(c, work, UNPACKED, itemsize)
     seconds = self._cached(nbytes)
     if packing.packs:
-      half = nbytes // self.problem.itemsize // 2  # keys, then values
+      half = nbytes // itemsize // 2  # keys, then values
       seconds += 2 * self.hardware.expand[str(packing.bits)](half)
       seconds += self._pack(1)
     return seconds
@@ -99,7 +100,8 @@ class Charges:
     if not packing.packs or not self.problem.work.cache_len:
       return 0.0
     d, batch = self.problem.config.hidden_size, self.problem.work.batch_size
-    return 2 * self.hardware.pack[str(packing.bits)](batch * tokens * d)
+    # Keys and values.
+    return self.hardware.pack[str(packing.bits)](2 * batch * tokens * d)
 
   def _copy(self, prefill: bool) -> float:
     return self.hardware.row_write['device'](self.hidden_bytes(prefill))
@@ -127,14 +129,18 @@ class Charges:
   def attend_on_host(self) -> float:
     """CPU seconds of decode attention for one layer and batch."""
     problem, hardware = self.problem, self.hardware
-    dtype = 'float32' if problem.cache_itemsize == 4 else problem.dtype
-    return hardware.of(hardware.host_attention, dtype)(problem.cache_bytes)
+    curve = hardware.of(hardware.host_attention, problem.cache_dtype)
+    return curve(problem.cache_bytes)
 
-  def write_rows(self, tier: str, prefill: bool) -> float:
-    """Device seconds to put new cache rows in their place, in a tier."""
+  def write_rows(self, tier: str, prefill: bool, on_host: bool) -> float:
+    """Seconds to put new cache rows in their place, in a tier: the device's,
+    or the CPU's if it attends to the cache."""
     if tier == 'disk':
       return 0.0
-    return self.hardware.row_write[tier](self.row_bytes(prefill))
+    rates = self.hardware.row_write
+    if on_host and not self.problem.unified:
+      tier = 'cpu' if 'cpu' in rates else 'host'
+    return rates[tier](self.row_bytes(prefill))
 
   def row_bytes(self, prefill: bool) -> int:
     """Bytes of the new cache rows of one layer and batch, on their way."""

@@ -42,6 +42,7 @@ def working_bytes(problem: Problem, policy: Policy, prefill: bool) -> int:
     problem.work,
     problem.itemsize,
     problem.cache_packing,
+    cache_itemsize=problem.cache_itemsize,
     chunk_tokens=problem.chunk_tokens,
     prefill=prefill,
   )
@@ -66,7 +67,7 @@ def peak_bytes(
     share = shares[name]
     for tier in TIERS:
       peak[tier] += share[tier] * whole
-    if name != 'cache' or (policy.attention == 'device' and not prefill):
+    if name != 'cache' or (policy.attention != 'host' and not prefill):
       ahead = _ahead(problem, policy, name)
     far = share['disk'] + (0 if problem.unified else share['host'])
     peak['device'] += ahead * far
@@ -170,8 +171,10 @@ def _cache(busy, charges: Charges, policy: Policy, share, prefill) -> None:
     _read(busy, charges, share, problem.cache_bytes, cells, part)
   _write(busy, charges, share, rows, cells)
   for tier in TIERS:
-    seconds = cells * share[tier] * charges.write_rows(tier, prefill)
-    attended = policy.attention == 'host' and not problem.unified
+    on_host = policy.attention == 'host'
+    seconds = charges.write_rows(tier, prefill, on_host)
+    seconds *= cells * share[tier]
+    attended = on_host and not problem.unified
     busy['cpu' if attended else 'device'] += seconds
 
 

@@ -99,7 +99,7 @@ def _in_flight(
     'hidden': window([moved(('hidden', k)) for k in batches], width),
     'cache': 0,
   }
-  if policy.attention == 'device' and not prefill:
+  if policy.attention != 'host' and not prefill:
     flight['cache'] = window(
       [
         moved(('cache', j, k))
@@ -163,10 +163,14 @@ def _refusal(plan: Plan, policy: Policy, fixed) -> str:
   needs = ', '.join(
     f'{tier} {format_bytes(plan.peak[tier])} of '
     f'{format_bytes(plan.problem.budgets[tier])}'
-    + (' (over)' if plan.peak[tier] > plan.problem.budgets[tier] else '')
+    + _short(plan.peak[tier] - plan.problem.budgets[tier])
     for tier in TIERS
   )
   return f'does not fit: needs {needs}; {_nearest(plan, policy, fixed)}'
+
+
+def _short(nbytes: float) -> str:
+  return f' (short by {format_bytes(nbytes)})' if nbytes > 0 else ''
 
 
 def _nearest(plan: Plan, policy: Policy, fixed) -> str:

@@ -52,6 +52,11 @@ class Problem:
     return DTYPE_BYTES[self.dtype]
 
   @property
+  def cache_dtype(self) -> str:
+    """What attention reads: the compute type, or float32 on a CPU."""
+    return 'float32' if self.cache_itemsize == 4 else self.dtype
+
+  @property
   def share(self) -> bool:
     """Whether packed matrices are expanded once for all batches of a visit:
     unless a layer's take more than a quarter of the device."""

@@ -52,6 +52,7 @@ def workspace(
   itemsize: int,
   packing: Packing = UNPACKED,
   *,
+  cache_itemsize: int,
   chunk_tokens: int,
   prefill: bool,
 ) -> int:
@@ -79,7 +80,7 @@ def workspace(
     seen = work.prompt_len + work.gen_len
     scores = 4 * rows * config.num_heads * seen * _F32
     if packing.packs:
-      scores += cache_bytes(config, work, UNPACKED, itemsize)
+      scores += cache_bytes(config, work, UNPACKED, cache_itemsize)
   tokens = rows * columns
   attention = tokens * d * (3 * _F32 + 4 * itemsize)
   attention += scores + 3 * everything  # result, rows

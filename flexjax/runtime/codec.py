@@ -32,6 +32,7 @@ class Codec:
     dtype: what layer functions take.
     weights, cache: how matrices, and keys and values, are stored.
     rounding: of new rows of the cache, a key of `ROWS`.
+    attended: dtype in which a packed cache is expanded; `dtype` unless given.
   """
 
   def __init__(
@@ -41,9 +42,11 @@ class Codec:
     weights: Packing,
     cache: Packing,
     rounding: str = 'search',
+    attended: str | None = None,
   ):
     self.dtype = jnp.dtype(dtype)
     self.packing, self.cache = weights, cache
+    self.attended = jnp.dtype(attended or dtype)
     self._rounding = ROWS[rounding]
     self._head_size = config.head_size
     self._positions = config.max_positions
@@ -69,7 +72,7 @@ class Codec:
   def expand_cache(self, cache: opt.Cache) -> dict[str, Array]:
     """Expands keys and values [B, N, S, row_bytes] -> [B, N, S, H]."""
     return {
-      name: groupwise.expand(x, self.cache, self._head_size, self.dtype)
+      name: groupwise.expand(x, self.cache, self._head_size, self.attended)
       for name, x in cache.items()
     }
 

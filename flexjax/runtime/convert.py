@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from flexjax.config import Policy, format_bytes
+from flexjax.config import Policy, format_bytes, parse_bits
 from flexjax.errors import InputError
 from flexjax.runtime import devices, sources
 from flexjax.runtime.weights import Weights
@@ -15,7 +15,7 @@ def convert(
   disk_dir: str | Path,
   *,
   dtype: str = 'auto',
-  weight_bits: int | None = None,
+  weight_bits: int | str | None = None,
   group_size: int | None = None,
   rounding: str | None = None,
   random_weights: bool = False,
@@ -45,7 +45,9 @@ def convert(
   """
   sources.check_dtype(dtype)
   policy = Policy(
-    weight_bits=weight_bits, group_size=group_size, rounding=rounding
+    weight_bits=parse_bits(weight_bits, 'weight_bits'),
+    group_size=group_size,
+    rounding=rounding,
   )
   root = Path(disk_dir)
   source = sources.find_source(

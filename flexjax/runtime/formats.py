@@ -42,6 +42,11 @@ class Format:
   packing: Packing = UNPACKED
   rounding: str = 'search'
 
+  @property
+  def itemsize(self) -> int:
+    """Bytes of a number that is not packed."""
+    return DTYPE_BYTES[self.dtype]
+
   def specs(self, config: ModelConfig) -> list[Spec]:
     """Returns shape and dtype of every tensor of every weight group.
 

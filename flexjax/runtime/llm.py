@@ -13,9 +13,18 @@ from typing import Any
 
 import numpy as np
 
-from flexjax.config import Policy, SamplingParams, Split, Workload, parse_bytes
+from flexjax.config import (
+  Policy,
+  SamplingParams,
+  Split,
+  Workload,
+  parse_bits,
+  parse_bytes,
+)
 from flexjax.data.blocks import blocks
 from flexjax.errors import InputError
+from flexjax.hardware import read as read_hardware
+from flexjax.policy import search
 from flexjax.runtime import devices, sources
 from flexjax.runtime.generate import Output, Request
 from flexjax.runtime.loaded import LoadedModel, OnProgress
@@ -25,8 +34,6 @@ from flexjax.runtime.timeline import Span
 
 Prompt = str | Sequence[int]
 _COLUMNS = 8  # prompt lengths are rounded up to it, to compile less often
-_BATCH_SIZE = 16
-_NUM_BATCHES = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +67,9 @@ def load(
   schedule: str = 'zigzag',
   prefetch_depth: int = 2,
   overlap: bool = True,
-  attention: str = 'device',
-  weight_bits: int | None = None,
-  cache_bits: int = 16,
+  attention: str | None = None,
+  weight_bits: int | str | None = None,
+  cache_bits: int | str | None = None,
   group_size: int | None = None,
   rounding: str | None = None,
   device_memory: int | str | None = None,
@@ -70,6 +77,9 @@ def load(
   disk_dir: str | Path | None = None,
   random_weights: bool = False,
   weights_seed: int = 0,
+  allow_lossy: bool = False,
+  max_latency: float | None = None,
+  hardware: str | Path | None = None,
 ) -> 'LLM':
   """Opens a model; its weights are read when it is first used.
 
@@ -79,16 +89,22 @@ def load(
     dtype: 'float32', 'bfloat16', 'float16' or 'auto': the checkpoint's on an
       accelerator, on a CPU the fastest that fits.
     weights, cache, hidden: percentages on device, host and disk, such as
-      (20, 80, 0); None places each as high up as it fits.
-    batch_size: prompts per batch, at most; default 16.
-    num_batches: batches per block, at most; default 1 where all weights lie
-      on the device, else 4.
-    schedule, prefetch_depth, overlap, attention: see `config.Policy`.
-    weight_bits, cache_bits, group_size, rounding: likewise.
+      (20, 80, 0); None leaves each to the planner.
+    batch_size: prompts per batch, at most; None likewise.
+    num_batches: batches per block, at most; None likewise.
+    schedule, prefetch_depth, overlap: see `config.Policy`.
+    attention: likewise; None leaves it to the planner.
+    weight_bits, cache_bits: likewise; 'auto' is as if not given.
+    group_size, rounding: likewise.
     device_memory, host_memory: budgets in bytes or like '16GiB'; default what
       the machine has.
     disk_dir: directory of the disk tier; without one there is no disk tier.
     random_weights: draw the weights from `weights_seed`, for benchmarks.
+    allow_lossy: the planner may store weights and cache whose bits are not
+      given in 4 bits.
+    max_latency: seconds that a block may be predicted to take.
+    hardware: record of this machine, JSON; default the one that `flexjax
+      calibrate` keeps, or else one that is measured quickly and kept.
 
   Raises:
     InputError: an argument is out of range, or there is no such model.
@@ -102,14 +118,16 @@ def load(
     prefetch_depth=prefetch_depth,
     overlap=overlap,
     attention=attention,
-    weight_bits=weight_bits,
-    cache_bits=cache_bits,
+    weight_bits=parse_bits(weight_bits, 'weight_bits'),
+    cache_bits=parse_bits(cache_bits, 'cache_bits'),
     group_size=group_size,
     rounding=rounding,
   )
   for name, value in (('batch_size', batch_size), ('num_batches', num_batches)):
     if value is not None and value < 1:
       raise InputError(f'{name} must be at least 1, got {value}')
+  if max_latency is not None and not max_latency > 0:
+    raise InputError(f'max_latency must be positive, got {max_latency}')
   budgets = {
     'device': parse_bytes(device_memory),
     'host': parse_bytes(host_memory),
@@ -124,8 +142,10 @@ def load(
     dtype=dtype,
     budgets=budgets,
     disk_dir=Path(disk_dir) if disk_dir else None,
+    record=read_hardware(hardware) if hardware else None,
+    allow_lossy=allow_lossy,
   )
-  return LLM(loaded, batch_size, num_batches)
+  return LLM(loaded, batch_size, num_batches, max_latency)
 
 
 class LLM:
@@ -147,8 +167,10 @@ class LLM:
     loaded: LoadedModel,
     batch_size: int | None = None,
     num_batches: int | None = None,
+    max_latency: float | None = None,
   ):
     self._loaded, self._session = loaded, Session(loaded)
+    self._max_latency = max_latency
     self._batch_size, self._num_batches = batch_size, num_batches
     self.config = loaded.source.config
     self.tokenizer = loaded.source.tokenizer
@@ -194,8 +216,8 @@ class LLM:
     """
     each = self._params(prompts, params)
     ids = self.encode(prompts, each)
-    work = self._prepare(ids, max(p.max_new_tokens for p in each))
     requests = self._requests(each)
+    work = self._prepare(ids, requests)
     return self._stream(prompts, ids, requests, work)
 
   def _requests(self, params: Sequence[SamplingParams]) -> list[Request]:
@@ -240,7 +262,7 @@ class LLM:
     _refuse_string(texts)
     each = [SamplingParams(max_new_tokens=1)] * len(texts)
     ids = self.encode(texts, each, room=0)
-    work = self._prepare(ids, 0)
+    work = self._prepare(ids, [])
     total = sum(map(len, ids))
     done = 0
     scores = []
@@ -311,7 +333,7 @@ class LLM:
     """Loads and compiles for such prompts: two tokens of the first block."""
     each = self._params(prompts, params)
     ids = self.encode(prompts, each)
-    work = self._prepare(ids, max(p.max_new_tokens for p in each))
+    work = self._prepare(ids, self._requests(each))
     short = [
       dataclasses.replace(p, max_new_tokens=min(2, p.max_new_tokens))
       for p in each
@@ -370,21 +392,28 @@ class LLM:
   def _decode(self, ids: Sequence[int]) -> str:
     return self.tokenizer.decode(ids) if self.tokenizer else ''
 
-  def _prepare(self, ids: list[list[int]], gen_len: int) -> Workload:
+  def _prepare(
+    self, ids: list[list[int]], requests: Sequence[Request]
+  ) -> Workload:
+    """Plans and loads for prompts to generate from, or to score."""
     longest = max(map(len, ids))
-    columns = -(-longest // _COLUMNS) * _COLUMNS
-    batch_size = min(self._batch_size or _BATCH_SIZE, len(ids))
-    batches = math.ceil(len(ids) / batch_size)
-    work = Workload(
-      batch_size=batch_size,
-      num_batches=min(self._num_batches or 1, batches),
-      prompt_len=columns,
-      gen_len=gen_len,
+    size, batches = self._batch_size, self._num_batches
+    if size is not None:
+      size = min(size, len(ids))
+    if batches is not None:
+      batches = min(batches, math.ceil(len(ids) / (size or 1)))
+    return self._loaded.prepare(
+      search.Request(
+        prompt_len=-(-longest // _COLUMNS) * _COLUMNS,
+        gen_len=max((r.params.max_new_tokens for r in requests), default=0),
+        prompts=len(ids),
+        batch_size=size,
+        num_batches=batches,
+        max_latency=self._max_latency,
+      ),
+      any(r.may_stop for r in requests),
+      self.on_progress,
     )
-    wider = None
-    if self._num_batches is None and batches > 1:
-      wider = dataclasses.replace(work, num_batches=min(_NUM_BATCHES, batches))
-    return self._loaded.prepare(work, wider, self.on_progress)
 
   def _blocks(self, ids, work: Workload):
     return blocks(

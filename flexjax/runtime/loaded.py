@@ -4,27 +4,30 @@ It hides from `Session`, which runs blocks, where anything is and how it got
 there.
 """
 
+import dataclasses
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flexjax.config import Packing, Policy, Workload
+from flexjax.config import Policy, Workload
 from flexjax.errors import InputError
+from flexjax.hardware import Hardware
 from flexjax.models import opt
-from flexjax.policy.plan import Plan, resolve
-from flexjax.policy.problem import Problem
-from flexjax.quant import keys
-from flexjax.runtime import devices, sources
+from flexjax.policy.plan import Plan
+from flexjax.policy.search import Request
+from flexjax.runtime import calibrate, devices, sources
 from flexjax.runtime.codec import Codec
 from flexjax.runtime.compute import Compute
 from flexjax.runtime.engine import Engine
 from flexjax.runtime.formats import Format
 from flexjax.runtime.meter import Meter
+from flexjax.runtime.planner import Choice, Machine, Planner
 from flexjax.runtime.store import Store
 from flexjax.runtime.weights import Weights
 from flexjax.tiers.base import Spec, Tier
@@ -41,14 +44,17 @@ class LoadedModel:
 
   Args:
     source: the model.
-    policy: splits may be left open.
+    policy: what is None in it is open.
     dtype: of weights and compute; 'auto' is decided when the work is known.
     budgets: bytes of device and host; None takes what the machine has.
     disk_dir: None for no disk tier.
+    record: what the machine can do; None looks for it, or measures it, when
+      there is something to plan.
+    allow_lossy: bits of weights and cache that are not given may be 4.
 
   Attributes:
     form: how weights are stored; None until the work is known.
-    plan: for the latest work.
+    choice: the plan for the latest work, and what it is expected to take.
     store, engine, compute, meter: there once weights are loaded; `store` is
       None before that and after `close`.
     load_seconds: what loading took.
@@ -62,6 +68,8 @@ class LoadedModel:
     dtype: str,
     budgets: Mapping[str, int | None],
     disk_dir: Path | None,
+    record: Hardware | None = None,
+    allow_lossy: bool = False,
   ):
     self.source, self.policy = source, policy
     self.machine = devices.machine()
@@ -71,18 +79,25 @@ class LoadedModel:
     }
     self.weights = Weights(source, disk_dir, dtype, policy)
     self.form: Format | None = None
-    self.plan: Plan | None = None
+    self.choice: Choice | None = None
     self.load_seconds = 0.0
     self.store: Store | None = None
+    self._record, self._lossy = record, allow_lossy
+    self._chosen: dict[Any, Choice] = {}
+
+  @property
+  def plan(self) -> Plan:
+    """The plan for the latest work."""
+    assert self.choice is not None
+    return self.choice.plan
 
   def prepare(
-    self, work: Workload, wider: Workload | None, on_progress: OnProgress
+    self, request: Request, watched: bool, on_progress: OnProgress
   ) -> Workload:
-    """Plans for a workload and loads weights where that is still to do.
+    """Plans for a request and loads weights where that is still to do.
 
     Args:
-      wider: the same work with more batches per block; taken where weights
-        must be streamed, because more batches share a load.
+      watched: some of its prompts may stop early.
 
     Returns:
       The workload that was planned for.
@@ -90,85 +105,79 @@ class LoadedModel:
     Raises:
       InputError: it does not fit, or a directory is not what it should be.
     """
+    if self._record is None:
+      root = self.weights.root
+      self._record, _ = calibrate.load_or_measure(
+        self.machine, root, on_progress
+      )
     if self.store is not None:
       fixed = {k: p for k, p in self.store.places.items() if k[0] == 'weights'}
       try:
-        self.plan = self._plan(work, wider, self.form, fixed)
+        self.choice = self._choose(request, watched, fixed)
       except InputError:
-        self.plan = self._plan(work, wider, self.form, None)
+        self.choice = self._choose(request, watched, None)
         self.close()  # it fits only with the weights elsewhere
     if self.store is None:
-      self.form = self.form or self._choose_form(work, wider)
-      self.plan = self._plan(work, wider, self.form, None)
+      self.choice = self._choose(request, watched, None)
+      self.form = self.choice.form
+      # From now on these are what was loaded and compiled for.
+      self.policy = dataclasses.replace(
+        self.policy,
+        attention=self.plan.policy.attention,
+        weight_bits=self.plan.policy.weight_bits,
+        cache_bits=self.plan.policy.cache_bits,
+      )
       self._load(on_progress)
-    assert self.plan is not None
     self.allocate(self.plan)
     return self.plan.problem.work
 
-  def _plan(self, work, wider, form, fixed) -> Plan:
-    plan = resolve(self._problem(work, form), self.policy, fixed)
-    if wider is not None and plan.placement['weights']['device'] < 1:
-      try:
-        return resolve(self._problem(wider, form), self.policy, fixed)
-      except InputError:
-        pass  # too wide: the narrow one fits
-    return plan
+  def _choose(
+    self, request: Request, watched: bool, fixed: Mapping[Key, str] | None
+  ) -> Choice:
+    """Plans, unless that has been done; the work is a new one each time."""
+    settled = frozenset(fixed.items()) if fixed else None
+    key = (request, watched, settled, self.form)
+    if key not in self._chosen:
+      self._chosen[key] = self._planner().choose(
+        request, watched=watched, fixed=fixed
+      )
+    choice = self._chosen[key]
+    work = dataclasses.replace(choice.plan.problem.work)
+    problem = dataclasses.replace(choice.plan.problem, work=work)
+    plan = dataclasses.replace(choice.plan, problem=problem)
+    return dataclasses.replace(choice, plan=plan)
 
-  def _problem(self, work: Workload, form: Format) -> Problem:
-    return Problem(
-      config=self.source.config,
-      work=work,
-      layers=[
-        (layer.kind, layer.groups)
-        for layer in opt.layers(self.source.config, form.dtype)
-      ],
-      group_bytes=self.weights.group_bytes(form),
-      dtype=form.dtype,
-      cache_itemsize=_cache_dtype(form.dtype, self.policy).itemsize,
-      packing=form.packing,
-      cache_packing=self._cache_packing(form),
-      kept=self._waves_bytes(),
-      unified=self.machine.unified,
-      chunk_tokens=self.machine.chunk_tokens,
-      budgets=self.budgets | {'disk': self.weights.disk_budget(form)},
+  def _planner(self) -> Planner:
+    assert self._record is not None
+    weights, policy = self.weights, self.policy
+    cache_bits: tuple[int, ...] = (policy.cache_bits or 16,)
+    if self._lossy and policy.cache_bits is None:
+      cache_bits = (16, 4)
+    return Planner(
+      self.source.config,
+      policy,
+      [self.form] if self.form else self._forms(),
+      self._record,
+      Machine(
+        unified=self.machine.unified,
+        chunk_tokens=self.machine.chunk_tokens,
+        budgets=lambda form: self.budgets | {'disk': weights.disk_budget(form)},
+      ),
+      cache_bits=cache_bits,
     )
 
-  def _waves_bytes(self) -> int:
-    c = self.source.config
-    packs = self.policy.cache_bits < 16
-    return 4 * c.num_layers * c.hidden_size * keys.TERMS if packs else 0
-
-  def _cache_packing(self, form: Format) -> Packing:
-    size = self.policy.group_size or form.packing.group_size
-    packing = Packing(self.policy.cache_bits, size)
-    if packing.packs:
-      try:
-        packing.group(self.source.config.head_size)
-      except InputError as e:
-        raise InputError(
-          f'the cache cannot be stored in {packing.bits} bits: {e}'
-        ) from None
-    return packing
-
-  def _choose_form(self, work: Workload, wider: Workload | None) -> Format:
-    weights, config = self.weights, self.source.config
-    if weights.settled:
-      return weights.form(weights.settled)
-    if self.machine.platform != 'cpu':
-      return weights.form(config.checkpoint_dtype)
-    ranked = [
-      weights.form(dtype)
-      for dtype in sources.dtypes_by_speed(config, work.batch_size)
-    ]
-    best: tuple[int, Format] | None = None
-    for form in ranked:
-      try:
-        low = self._plan(work, wider, form, None).peak['disk']
-      except InputError:
-        continue
-      if best is None or low < best[0]:
-        best = (low, form)
-    return best[1] if best else ranked[-1]  # whose refusal is then raised
+  def _forms(self) -> list[Format]:
+    """Formats that the weights may have."""
+    if self.weights.settled:
+      dtypes = [self.weights.settled]
+    elif self.machine.platform == 'cpu':
+      dtypes = ['float32', 'bfloat16']
+    else:
+      dtypes = [self.source.config.checkpoint_dtype]
+    forms = [self.weights.form(dtype) for dtype in dtypes]
+    if self._lossy and self.policy.weight_bits is None:
+      forms += self.weights.lossy_forms(dtypes)
+    return forms
 
   def _load(self, on_progress: OnProgress) -> None:
     try:
@@ -178,7 +187,6 @@ class LoadedModel:
       raise
 
   def _fill(self, on_progress: OnProgress) -> None:
-    assert self.plan is not None
     began = time.perf_counter()
     assert self.form is not None
     m, form = self.machine, self.form
@@ -218,6 +226,7 @@ class LoadedModel:
       form.packing,
       packing,
       form.rounding,
+      self.plan.problem.cache_dtype,
     )
     self.compute = Compute(layers, codec, m.chunk_tokens)
     self.engine = Engine(
@@ -273,7 +282,8 @@ class LoadedModel:
   def _specs(self, plan: Plan) -> dict[Key, Spec]:
     assert self.form is not None
     work, config = plan.problem.work, self.source.config
-    size, dtype = config.head_size, _cache_dtype(self.form.dtype, self.policy)
+    problem = plan.problem
+    size, dtype = config.head_size, jnp.dtype(problem.cache_dtype)
     if (packing := plan.problem.cache_packing).packs:
       size, dtype = packing.row_bytes(size, dtype.itemsize), np.dtype(np.uint8)
     cache = jax.ShapeDtypeStruct(
@@ -306,10 +316,3 @@ def _close(tiers: Sequence[Tier], meter: Meter) -> None:
   meter.close()
   for tier in tiers:
     tier.close()
-
-
-def _cache_dtype(dtype: str, policy: Policy) -> np.dtype:
-  """A cache that the CPU attends to in float16 would be slow: float32."""
-  if policy.attention == 'host' and dtype == 'float16':
-    return np.dtype(np.float32)
-  return jnp.dtype(dtype)

@@ -54,6 +54,7 @@ class Session:
     store = loaded.store
     assert store is not None
     self._totals: dict[str, Any] = dict.fromkeys(_TOTALS, 0)
+    self._blocks = 0
     links = dict(loaded.meter.link_bytes)
     busy, began = loaded.meter.busy_seconds, time.perf_counter()
     store.reset_peaks()
@@ -74,7 +75,7 @@ class Session:
   ) -> None:
     loaded = self.loaded
     assert loaded.store is not None
-    assert loaded.plan is not None
+    assert loaded.choice is not None
     assert loaded.form is not None
     crossed = loaded.meter.link_bytes
     self._stats = Stats(
@@ -90,6 +91,7 @@ class Session:
         'cache_bits': loaded.policy.cache_bits,
       },
       allocator_peak_bytes=devices.allocator_peak(loaded.machine),
+      predicted=loaded.choice.prediction.to_json(self._blocks),
     )
 
   def stats(self) -> Stats:
@@ -121,6 +123,7 @@ class Session:
     batches = [self._batch(block, k, requests) for k in range(len(block.ids))]
     self._execute(progress, batches, work, steps)
     progress.finish()
+    self._blocks += 1
     self._totals['prefill_seconds'] += progress.prefill_seconds
     self._totals['decode_seconds'] += progress.decode_seconds
     self._totals['generated_tokens'] += sum(len(r.ids) for r in mine)
@@ -128,7 +131,7 @@ class Session:
 
   def _check_current(self, work: Workload) -> Plan:
     """Returns the plan if it is still the one that was made for `work`."""
-    if self.loaded.store is None or self.loaded.plan is None:
+    if self.loaded.store is None or self.loaded.choice is None:
       raise InputError('the model has been closed')
     if self.loaded.plan.problem.work is not work:
       raise InputError(
@@ -158,6 +161,7 @@ class Session:
     batches = [self._batch(block, k, None) for k in range(len(block.ids))]
     self._execute(Collect(), batches, work, 1)
     scores = jax.device_get(results)
+    self._blocks += 1
     self._totals['prefill_seconds'] += time.perf_counter() - began
     real = block.index >= 0
     self._totals['scored_tokens'] += int(
@@ -166,7 +170,6 @@ class Session:
     return [(k, *scores[k]) for k in sorted(scores)]
 
   def _execute(self, decoding, batches, work: Workload, steps: int) -> None:
-    assert self.loaded.plan is not None
     shape = Shape(
       steps,
       len(self.loaded.engine.layers),

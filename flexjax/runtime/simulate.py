@@ -56,10 +56,14 @@ class Prediction:
     busy = self.busy[phase]
     return max(busy, key=lambda name: busy[name])
 
-  def to_json(self) -> dict[str, Any]:
-    """Returns plain numbers, keyed as a run's figures are."""
+  def to_json(self, blocks: int = 1) -> dict[str, Any]:
+    """Returns plain numbers, keyed as a run's figures are, of some blocks."""
     fields = dataclasses.asdict(self)
     del fields['tokens']
+    for name in ('prefill_seconds', 'decode_seconds'):
+      fields[name] *= blocks
+    links = fields['link_bytes']
+    fields['link_bytes'] = {link: blocks * n for link, n in links.items()}
     fields['throughput_tokens_per_s'] = self.throughput_tokens_per_s
     fields['binding'] = {phase: self.binding(phase) for phase in self.busy}
     return fields
@@ -121,7 +125,7 @@ class Simulator:
     self._row_bytes = {p: self.charges.row_bytes(p) for p in both}
     self._hidden_bytes = {p: self.charges.hidden_bytes(p) for p in both}
     self._row_seconds = {
-      (tier, p): self.charges.write_rows(tier, p)
+      (tier, p): self.charges.write_rows(tier, p, self._on_host)
       for tier in TIERS
       for p in both
     }
@@ -183,7 +187,7 @@ class Simulator:
     return Prediction(
       prefill_seconds=seconds[0],
       decode_seconds=decode,
-      tokens=steps * work.batch_size * work.num_batches,
+      tokens=work.gen_len * work.batch_size * work.num_batches,
       busy=busy,
       peak_bytes=self.accounts.peak,
       link_bytes=self.accounts.link_bytes(later),

@@ -26,6 +26,8 @@ class Stats:
       since the process began; None where it does not say.
     stored: dtype, bits, groups and rounding of weights, bits of the cache.
     first_tokens: requests that got a token: what the prefill generated.
+    predicted: what the plan expected, if every request got all its tokens: see
+      `simulate.Prediction`.
   """
 
   prefill_seconds: float = 0.0
@@ -43,6 +45,7 @@ class Stats:
   stored: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   first_tokens: int = 0
   allocator_peak_bytes: int | None = None
+  predicted: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   @property
   def throughput_tokens_per_s(self) -> float:
@@ -71,6 +74,16 @@ class Stats:
     bits = [self.stored.get(f'{n}_bits', 16) for n in ('weight', 'cache')]
     return f'{bits[0]} bits (weights), {bits[1]} bits (cache)'
 
+  def _predicted(self) -> str:
+    if not self.predicted or not self.generated_tokens:
+      return ''
+    rate = self.predicted['throughput_tokens_per_s']
+    binding = (
+      f'{phase} bound by {name.replace("_", " ")}'
+      for phase, name in self.predicted['binding'].items()
+    )
+    return f'{rate:.1f} tokens/s ({", ".join(binding)})'
+
   def rows(self) -> list[tuple[str, str]]:
     """Returns label and value of a short table."""
     rows = [
@@ -81,6 +94,7 @@ class Stats:
       ('decode', f'{self.decode_seconds:.2f} s'),
       ('generated', f'{self.generated_tokens} tokens'),
       ('throughput', f'{self.throughput_tokens_per_s:.1f} tokens/s'),
+      ('predicted', self._predicted()),
       ('decode only', f'{self.decode_tokens_per_s:.1f} tokens/s'),
     ]
     if self.scored_tokens:

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -71,6 +71,18 @@ class Weights:
     if bits < 16:
       packing = Packing(bits, asked.group_size or held.packing.group_size)
     return Format(dtype, packing, asked.rounding or held.rounding)
+
+  def lossy_forms(self, dtypes: Sequence[str]) -> list[Format]:
+    """Returns 4-bit formats that a policy which leaves the bits open may take:
+    none, if a folder settles how the weights are."""
+    if self._held:
+      return []
+    size, rounding = self._policy.group_size, self._policy.rounding
+    packing = Packing(4, size) if size else Packing(4)
+    plain = Format(dtypes[0])
+    return [
+      Format(dtype, packing, rounding or plain.rounding) for dtype in dtypes
+    ]
 
   def group_bytes(self, form: Format) -> list[int]:
     """Returns the bytes of every weight group."""

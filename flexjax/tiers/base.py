@@ -146,7 +146,7 @@ def make_updater(axis: int) -> Updater:
   def update(target: Value, rows: Value, index: jax.Array):
     return {
       name: jax.lax.dynamic_update_slice_in_dim(
-        target[name], rows[name], index, axis
+        target[name], rows[name].astype(target[name].dtype), index, axis
       )
       for name in target
     }

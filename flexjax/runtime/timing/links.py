@@ -25,6 +25,7 @@ from flexjax.tiers.host import HostTier
 from flexjax.typing import Key
 
 _DTYPE = 'bfloat16'
+_ATTENDED = 'float32'  # of a cache that the CPU attends to
 _ROW = 4096  # bytes of a row of what is moved
 _AT_ONCE = 3  # reads under way, as with a prefetch depth of two
 _LARGER = 30  # times that a cache is as large as the rows written to it
@@ -34,29 +35,31 @@ Start = Callable[[], Callable[[], None]]
 
 
 def host_links(watch: Stopwatch, points: Points) -> dict[str, Curve]:
-  """Seconds of transfers between host and device; none if they are one."""
+  """Seconds of each of several transfers that are under way together, as a run
+  that loads ahead has them; none if host and device are one."""
   machine = watch.machine
   if machine.unified:
     return {}
   tier = HostTier(machine.pinned, machine.device)
   up, down = [], []
   for n, nbytes in enumerate(points.link_bytes):
-    if n and nbytes > watch.room:
+    if n and _AT_ONCE * nbytes > watch.room:
       continue
     key: Key = ('weights', n)
-    _fill(watch, tier, key, (nbytes // _ROW, _ROW // 2))
+    _fill(watch, tier, key, (nbytes // _ROW, _ROW // 4), 'kv')
+    there = {
+      name: watch.numbers((nbytes // _ROW, _ROW // 4), _DTYPE) for name in 'kv'
+    }
 
     def read(_, key=key):
-      return tier.read(key).result()
+      return [tier.read(key).result() for _ in range(_AT_ONCE)]
 
-    up.append((nbytes, watch.wall(read)))
+    def write(_, there=there):
+      return [jax.device_put(there, machine.pinned) for _ in range(_AT_ONCE)]
+
+    up.append((nbytes, watch.wall(read) / _AT_ONCE))
+    down.append((nbytes, watch.wall(write) / _AT_ONCE))
     tier.free(key)
-    there = watch.numbers((nbytes // _ROW, _ROW // 2), _DTYPE)
-
-    def call(_, there=there):
-      return jax.device_put(there, machine.pinned)
-
-    down.append((nbytes, watch.wall(call)))
   tier.close()
   return {
     'host_to_device': Curve(tuple(up)),
@@ -151,23 +154,34 @@ def _disk_write(watch: Stopwatch, tier: DiskTier, nbytes: int) -> float:
 
 
 def row_write(watch: Stopwatch, points: Points) -> dict[str, Curve]:
-  """Tier -> bytes of new rows -> seconds of writing them into a cache."""
+  """Tier -> bytes of new rows -> seconds of writing them into a cache.
+
+  'cpu' is a cache that the CPU attends to beside an accelerator.
+  """
   machine = watch.machine
-  device = _write_curve(watch, points, DeviceTier(machine.device))
   if machine.unified:  # the same memory, written by the same function
-    return {'device': device, 'host': device}
+    tier = DeviceTier(machine.device)
+    curve = _write_curve(watch, points, tier, _ATTENDED)
+    return {'device': curve, 'host': curve}
   host = HostTier(machine.pinned, machine.device)
-  return {'device': device, 'host': _write_curve(watch, points, host)}
+  attended = HostTier(machine.cpu, machine.cpu)
+  return {
+    'device': _write_curve(watch, points, DeviceTier(machine.device), _DTYPE),
+    'host': _write_curve(watch, points, host, _DTYPE),
+    'cpu': _write_curve(watch, points, attended, _ATTENDED),
+  }
 
 
-def _write_curve(watch: Stopwatch, points: Points, tier: DeviceTier) -> Curve:
+def _write_curve(
+  watch: Stopwatch, points: Points, tier: DeviceTier, dtype: str
+) -> Curve:
   key: Key = ('cache', 0, 0)
   found = []
   for first, (b, n, t, h) in enumerate(points.written):
     nbytes = 2 * b * n * t * h * jnp.dtype(_DTYPE).itemsize  # keys and values
     if first and _LARGER * nbytes > watch.room:
       continue
-    _fill(watch, tier, key, (b, n, _LARGER * t, h), 'kv')
+    _fill(watch, tier, key, (b, n, _LARGER * t, h), 'kv', dtype)
     # At home already: how they got there is the link's time.
     rows = {x: watch.numbers((b, n, t, h), _DTYPE, tier.home) for x in 'kv'}
 
@@ -260,14 +274,19 @@ def _median(run: Callable[[], object]) -> float:
 
 
 def _fill(
-  watch: Stopwatch, tier: Tier, key: Key, shape, names: str = 'x'
+  watch: Stopwatch,
+  tier: Tier,
+  key: Key,
+  shape,
+  names: str = 'x',
+  dtype: str = _DTYPE,
 ) -> None:
   home = tier.home if isinstance(tier, DeviceTier) else watch.machine.pinned
-  tier.allocate(key, _spec(shape, names))
-  tier.write(key, {x: watch.numbers(shape, _DTYPE, home) for x in names})
+  tier.allocate(key, _spec(shape, names, dtype))
+  tier.write(key, {x: watch.numbers(shape, dtype, home) for x in names})
   tier.wait()
 
 
-def _spec(shape, names: str = 'k') -> Spec:
-  one = jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(_DTYPE))
+def _spec(shape, names: str = 'k', dtype: str = _DTYPE) -> Spec:
+  one = jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype))
   return dict.fromkeys(names, one)

@@ -1,0 +1,267 @@
+"""Chooses how a model runs on a machine: the search proposes, the simulator
+ranks.
+
+It knows no weights and no tiers, so that one may plan for models and machines
+that one does not have.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+
+from flexjax.config import ModelConfig, Packing, Policy, Split, Workload
+from flexjax.errors import InputError
+from flexjax.hardware import Hardware
+from flexjax.models import opt
+from flexjax.policy.plan import Plan, resolve
+from flexjax.policy.problem import Problem
+from flexjax.policy.search import Request, Variant, search
+from flexjax.quant import keys
+from flexjax.runtime.formats import Format
+from flexjax.runtime.simulate import Prediction, predict
+from flexjax.tiers.base import spec_bytes
+from flexjax.typing import Key
+
+_ALIKE = 0.98  # of the best rate: then the shorter block is taken
+_RANKED_BY = 2  # steps: the prefill and a decode step
+_ATTENTIONS = ('device', 'host')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Machine:
+  """What planning knows of a machine beside its speeds.
+
+  Attributes:
+    unified: host and device are one memory.
+    chunk_tokens: see `Compute`.
+    budgets: bytes of each tier, for weights in a format.
+  """
+
+  unified: bool
+  chunk_tokens: int
+  budgets: Callable[[Format], Mapping[str, int]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Choice:
+  """How a model is to run.
+
+  Attributes:
+    form: of its weights.
+    runners_up: other plans with what they are expected to take, best first.
+  """
+
+  plan: Plan
+  prediction: Prediction
+  form: Format
+  runners_up: tuple[tuple[Plan, Prediction], ...] = ()
+
+
+class Planner:
+  """Plans for a model on a machine.
+
+  Args:
+    policy: what is None in it is open, `weight_bits` apart.
+    forms: formats that weights may have.
+    cache_bits: that the cache may have.
+    attentions: places of attention to choose from, if the policy leaves it.
+
+  Raises:
+    InputError: the cache cannot be stored in so many bits, or the record says
+      nothing of any format's dtype.
+  """
+
+  def __init__(
+    self,
+    config: ModelConfig,
+    policy: Policy,
+    forms: Sequence[Format],
+    hardware: Hardware,
+    machine: Machine,
+    *,
+    cache_bits: Sequence[int] = (16,),
+  ):
+    self.config, self.policy, self.hardware = config, policy, hardware
+    self.machine, self.cache_bits = machine, tuple(cache_bits)
+    self.forms = [form for form in forms if hardware.knows(form.dtype)]
+    if not self.forms:
+      hardware.of(hardware.mlp, forms[0].dtype)  # says what it knows
+
+  def choose(
+    self,
+    request: Request,
+    *,
+    fixed: Mapping[Key, str] | None = None,
+    watched: bool = False,
+  ) -> Choice:
+    """Returns the fastest plan by the simulator.
+
+    Args:
+      fixed: keys whose place is settled: weights that are loaded.
+      watched: requests may stop early; see `simulate.predict`.
+
+    Raises:
+      InputError: nothing fits; says which tier is short by how much.
+    """
+    plans = search(self._variants(), request, self.hardware, fixed=fixed)
+    if not plans:
+      plans = [self._fallback(request, fixed)]
+    ranked = []
+    for plan in plans:
+      first = predict(plan, self.hardware, watched=watched, first=_RANKED_BY)
+      rate = request.rate(plan.problem.work, first.seconds)
+      ranked.append((rate, first.seconds, plan))
+    ranked.sort(key=lambda one: -one[0])
+    alike = [one for one in ranked if one[0] >= _ALIKE * ranked[0][0]]
+    best = min(alike, key=lambda one: one[1])
+    ranked.remove(best)
+    return Choice(
+      plan=best[2],
+      prediction=predict(best[2], self.hardware, watched=watched),
+      form=self._form(best[2]),
+      runners_up=tuple(
+        (plan, predict(plan, self.hardware, watched=watched, first=_RANKED_BY))
+        for _, _, plan in ranked[:4]
+      ),
+    )
+
+  def problem(self, form: Format, policy: Policy, work: Workload) -> Problem:
+    """Returns what is to be placed, if weights are stored as `form`."""
+    config, machine = self.config, self.machine
+    layers, group_bytes = _parts(config, form)
+    packing = cache_packing(config, form, policy)
+    return Problem(
+      config=config,
+      work=work,
+      layers=layers,
+      group_bytes=group_bytes,
+      dtype=form.dtype,
+      cache_itemsize=cache_itemsize(form, policy, machine.unified),
+      packing=form.packing,
+      cache_packing=packing,
+      kept=_waves_bytes(config) if packing.packs else 0,
+      unified=machine.unified,
+      chunk_tokens=machine.chunk_tokens,
+      budgets=machine.budgets(form),
+    )
+
+  def _variants(self) -> list[Variant]:
+    variants = []
+    bits = self.cache_bits
+    attentions = (
+      (self.policy.attention,) if self.policy.attention else _ATTENTIONS
+    )
+    for form, cache_bits, attention in itertools.product(
+      self.forms, bits, attentions
+    ):
+      if self._makes_sense(cache_bits, attention):
+        policy = dataclasses.replace(
+          self.policy,
+          weight_bits=form.packing.bits,
+          cache_bits=cache_bits,
+          attention=attention,
+        )
+        make = functools.partial(self.problem, form, policy)
+        variants.append(Variant(policy, make))
+    return variants
+
+  def _makes_sense(self, cache_bits: int, attention: str) -> bool:
+    if attention == 'device' or self.policy.attention == 'host':
+      return True
+    return (
+      cache_bits == 16
+      and not self.machine.unified
+      and bool(self.hardware.host_attention)
+      and self.policy.cache in (None, Split(0, 100, 0))
+    )
+
+  def _fallback(self, request: Request, fixed) -> Plan:
+    """A plan of the smallest block, filled as high up as it fits.
+
+    Raises:
+      InputError: there is none.
+    """
+    if request.max_latency is not None:
+      free = dataclasses.replace(request, max_latency=None)
+      self._refuse_latency(request, self.choose(free, fixed=fixed))
+    size, batches = request.batch_size or 1, request.num_batches or 1
+    work = Workload(
+      batch_size=size,
+      num_batches=batches,
+      prompt_len=request.prompt_len,
+      gen_len=request.gen_len,
+    )
+    variants = self._variants()
+    for variant in variants[:-1]:
+      try:
+        return resolve(variant.problem(work), variant.policy, fixed)
+      except InputError:
+        continue
+    return resolve(variants[-1].problem(work), variants[-1].policy, fixed)
+
+  def _refuse_latency(self, request: Request, choice: Choice) -> None:
+    one = dataclasses.replace(
+      request, max_latency=None, batch_size=1, num_batches=1
+    )
+    if request.batch_size or request.num_batches:
+      one = dataclasses.replace(
+        one, batch_size=request.batch_size, num_batches=request.num_batches
+      )
+    least = min(
+      predict(plan, self.hardware).seconds
+      for plan in search(self._variants(), one, self.hardware) or [choice.plan]
+    )
+    raise InputError(
+      f'no block ends within --max_latency={request.max_latency:g} s; the '
+      f'shortest is predicted to take {least:.3g} s'
+    )
+
+  def _form(self, plan: Plan) -> Format:
+    problem = plan.problem
+    return next(
+      form
+      for form in self.forms
+      if (form.dtype, form.packing) == (problem.dtype, problem.packing)
+    )
+
+
+@functools.cache
+def _parts(config: ModelConfig, form: Format):
+  """Layers and the bytes of every weight group."""
+  layers = tuple(
+    (layer.kind, layer.groups) for layer in opt.layers(config, form.dtype)
+  )
+  return layers, tuple(spec_bytes(spec) for spec in form.specs(config))
+
+
+def _waves_bytes(config: ModelConfig) -> int:
+  return 4 * config.num_layers * config.hidden_size * keys.TERMS
+
+
+def cache_packing(config: ModelConfig, form: Format, policy: Policy) -> Packing:
+  """Returns how a policy stores the cache.
+
+  Raises:
+    InputError: groups do not divide a head.
+  """
+  size = policy.group_size or form.packing.group_size
+  packing = Packing(policy.cache_bits or 16, size)
+  if packing.packs:
+    try:
+      packing.group(config.head_size)
+    except InputError as e:
+      raise InputError(
+        f'the cache cannot be stored in {packing.bits} bits: {e}'
+      ) from None
+  return packing
+
+
+def cache_itemsize(form: Format, policy: Policy, unified: bool) -> int:
+  """Returns the bytes of an element of a cache that is not packed.
+
+  What the CPU attends to is float32: 16 bits take it ten times as long, and
+  writing a row into them as long as copying all.
+  """
+  on_cpu = unified or policy.attention == 'host'
+  return 4 if on_cpu else form.itemsize
