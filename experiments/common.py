@@ -70,6 +70,32 @@ def record(
   }  # fmt: skip
 
 
+def compare(
+  row: str, commit: str, arguments: Sequence[str], stats: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Returns what a run was expected to take beside what it took."""
+  predicted = stats['predicted']
+  rate = stats['throughput_tokens_per_s']
+  fields: dict[str, Any] = {
+    'row': row,
+    'commit': commit,
+    'tokens_per_s': round(rate, 3),
+    'predicted_tokens_per_s': round(predicted['throughput_tokens_per_s'], 3),
+    'ratio': round(predicted['throughput_tokens_per_s'] / rate, 3),
+  }
+  for phase in ('prefill', 'decode'):
+    fields[f'{phase}_s'] = round(stats[f'{phase}_seconds'], 4)
+    fields[f'predicted_{phase}_s'] = round(predicted[f'{phase}_seconds'], 4)
+    fields[f'{phase}_bound_by'] = predicted['binding'].get(phase, '')
+  for tier, nbytes in stats['peak_bytes'].items():
+    fields[f'{tier}_bytes'] = nbytes
+    fields[f'predicted_{tier}_bytes'] = predicted['peak_bytes'][tier]
+  fields['planned_device_bytes'] = predicted['planned_bytes']['device']
+  fields['allocator_bytes'] = stats.get('allocator_peak_bytes', 0)
+  fields['arguments'] = ' '.join(arguments)
+  return fields
+
+
 def append(path: str | Path, fields: Mapping[str, Any]) -> None:
   """Adds a line to a table, and prints it."""
   print(json.dumps(fields), flush=True)

@@ -66,3 +66,10 @@ def check_writable(name: str, value: str | None) -> None:
       path.unlink()
   except OSError as e:
     raise InputError(f"--{name} '{path}' cannot be written: {e}") from None
+
+
+def write_whole(path: Path, text: str) -> None:
+  """Writes a file, whole or not at all."""
+  new = path.with_name(path.name + '.new')
+  new.write_text(text)
+  new.replace(path)

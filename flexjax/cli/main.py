@@ -13,6 +13,7 @@ from flexjax.errors import InputError
 FLAGS = flags.FLAGS
 COMMANDS = {
   'generate': 'continue prompts',
+  'plan': 'say how a model would run, and how fast',
   'eval': 'measure how well a model predicts a text',
   'bench': 'measure how fast a model is on random prompts',
   'convert': 'write the disk tier of a model',

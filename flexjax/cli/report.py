@@ -12,6 +12,7 @@ import rich.progress
 import rich.table
 from absl import flags
 
+from flexjax.cli import files
 from flexjax.runtime import timeline
 from flexjax.runtime.llm import LLM
 
@@ -88,11 +89,8 @@ def show(llm: LLM, figures: Mapping[str, Any] | None = None) -> None:
     table.add_row(label, value)
   rich.console.Console(stderr=True).print(table)
   if FLAGS.stats:
-    path = Path(FLAGS.stats)
-    new = path.with_name(path.name + '.new')
     fields = llm.stats.to_json()
     if figures:
       fields['eval'] = figures
-    new.write_text(json.dumps(fields, indent=2) + '\n')
-    new.replace(path)
+    files.write_whole(Path(FLAGS.stats), json.dumps(fields, indent=2) + '\n')
   sys.stderr.flush()

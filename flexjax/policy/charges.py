@@ -34,7 +34,6 @@ class Charges:
     self.problem, self.hardware = problem, hardware
     self._mlp = hardware.of(hardware.mlp, problem.dtype)
     self._fresh = hardware.of(hardware.prefill_attention, problem.dtype)
-    self._cached = hardware.of(hardware.decode_attention, problem.cache_dtype)
 
   def layer(self, kind: str, prefill: bool, on_host: bool = False) -> float:
     """Device seconds of one layer for one batch, packed weights expanded.
@@ -88,7 +87,8 @@ class Charges:
       return self._fresh(c.head_size, scores, 0) + self._pack(work.prompt_len)
     itemsize = self.problem.cache_itemsize
     nbytes = volume.cache_bytes(c, work, UNPACKED, itemsize)
-    seconds = self._cached(nbytes)
+    curves = self.hardware.decode_attention
+    seconds = self.hardware.of(curves, self.problem.cache_dtype)(nbytes)
     if packing.packs:
       half = nbytes // itemsize // 2  # keys, then values
       seconds += 2 * self.hardware.expand[str(packing.bits)](half)

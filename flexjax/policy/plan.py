@@ -64,11 +64,15 @@ def evaluate(
     + cost.working_bytes(problem, policy, prefill)
     for prefill in (True, False)
   )
-  if 'disk' in (places[key] for key in problem.sizes('cache')):
-    peak['host'] += MAX_DISK_WRITES * problem.cache_bytes
+  written = [
+    size
+    for name in ('hidden', 'cache')
+    for key, size in problem.sizes(name).items()
+    if places[key] == 'disk'
+  ]
+  peak['host'] += MAX_DISK_WRITES * max(written, default=0)
   if not problem.unified:  # what comes from disk passes through host buffers
-    buffers = _in_flight(problem, policy, places, sizes, {'disk'}, False)
-    peak['host'] += sum(buffers.values())
+    peak['host'] += _buffers(problem, policy, places, sizes)
   return Plan(
     problem=problem,
     policy=policy,
@@ -109,6 +113,20 @@ def _in_flight(
       width,
     )
   return flight
+
+
+def _buffers(problem, policy, places, sizes) -> int:
+  """Bytes of the buffers that reads from disk pass through: of every size as
+  many as are ever under way together, because they are kept for the next."""
+  kinds = {
+    (key[0], sizes[key]) for key, place in places.items() if place == 'disk'
+  }
+  total = 0
+  for name, size in kinds:
+    only = {k: n for k, n in sizes.items() if (k[0], n) == (name, size)}
+    flight = _in_flight(problem, policy, places, only, {'disk'}, False)
+    total += flight[str(name)]
+  return total
 
 
 def resolve(

@@ -43,8 +43,13 @@ class Machine:
 
   @property
   def chunk_tokens(self) -> int:
-    """Tokens of a prefill that fill the device; more only take memory."""
-    return 2048 if self.platform == 'cpu' else 8192
+    """See `chunk_tokens`."""
+    return chunk_tokens(self.platform)
+
+
+def chunk_tokens(platform: str) -> int:
+  """Returns tokens of a prefill that fill a device; more only take memory."""
+  return 2048 if platform == 'cpu' else 8192
 
 
 def limit(device_memory: int | None, host_memory: int | None) -> None:

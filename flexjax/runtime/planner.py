@@ -48,12 +48,14 @@ class Choice:
   """How a model is to run.
 
   Attributes:
+    hardware: the machine that was planned for.
     form: of its weights.
     runners_up: other plans with what they are expected to take, best first.
   """
 
   plan: Plan
   prediction: Prediction
+  hardware: Hardware
   form: Format
   runners_up: tuple[tuple[Plan, Prediction], ...] = ()
 
@@ -119,6 +121,7 @@ class Planner:
     return Choice(
       plan=best[2],
       prediction=predict(best[2], self.hardware, watched=watched),
+      hardware=self.hardware,
       form=self._form(best[2]),
       runners_up=tuple(
         (plan, predict(plan, self.hardware, watched=watched, first=_RANKED_BY))

@@ -91,7 +91,10 @@ class Session:
         'cache_bits': loaded.policy.cache_bits,
       },
       allocator_peak_bytes=devices.allocator_peak(loaded.machine),
-      predicted=loaded.choice.prediction.to_json(self._blocks),
+      predicted={
+        **loaded.choice.prediction.to_json(self._blocks),
+        'planned_bytes': loaded.choice.plan.peak,
+      },
     )
 
   def stats(self) -> Stats:

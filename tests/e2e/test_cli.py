@@ -46,6 +46,16 @@ STATS = {
   'stored': {'dtype', 'weight_bits', 'cache_bits'},
   'compilations': None,
   'load_seconds': None,
+  'predicted': {
+    'prefill_seconds',
+    'decode_seconds',
+    'throughput_tokens_per_s',
+    'busy',
+    'binding',
+    'peak_bytes',
+    'link_bytes',
+    'planned_bytes',
+  },
 }
 FIELDS = ['index', 'prompt', 'text', 'token_ids', 'finish_reason']
 

@@ -1,0 +1,227 @@
+"""Plans without weights: for a model by name, on this machine or another."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flexjax import hardware as records
+from flexjax.config import (
+  ModelConfig,
+  Packing,
+  Policy,
+  Split,
+  parse_bits,
+  parse_bytes,
+)
+from flexjax.errors import InputError
+from flexjax.hardware import Hardware
+from flexjax.models import presets
+from flexjax.policy.search import Request
+from flexjax.runtime import calibrate, devices, sources
+from flexjax.runtime.formats import Format
+from flexjax.runtime.planner import Choice, Machine, Planner
+
+_LATENCIES = 8  # between the shortest block and the best one
+
+
+def plan(
+  model: str | Path | None = None,
+  *,
+  prompt_len: int = 512,
+  gen_len: int = 32,
+  num_prompts: int | None = None,
+  hardware: str | Path | Hardware | None = None,
+  max_latency: float | None = None,
+  **flags: Any,
+) -> Choice:
+  """Returns the fastest plan for a model, of which no weights are needed.
+
+  Args:
+    model: a preset such as opt-175b, or whatever `load` takes.
+    prompt_len, gen_len: tokens of every prompt, and to generate for it.
+    num_prompts: how many there are; None for as many as one likes.
+    hardware: a record or its file; None for this machine.
+    max_latency: seconds that a block may take.
+    flags: what `load` takes to say how a model runs, and `disk_space`, bytes
+      or like '1TiB', 0 for no disk.
+
+  Raises:
+    InputError: nothing fits, or an argument is out of range.
+  """
+  planner, request = _prepare(
+    model, prompt_len, gen_len, num_prompts, hardware, max_latency, flags
+  )
+  return planner.choose(request)
+
+
+def pareto(
+  model: str | Path | None = None,
+  *,
+  prompt_len: int = 512,
+  gen_len: int = 32,
+  num_prompts: int | None = None,
+  hardware: str | Path | Hardware | None = None,
+  **flags: Any,
+) -> list[Choice]:
+  """Returns plans of which none is both faster and shorter than another, by
+  seconds of a block; see `plan`."""
+  planner, request = _prepare(
+    model, prompt_len, gen_len, num_prompts, hardware, None, flags
+  )
+  best = planner.choose(request)
+  found = [best]
+  small = dataclasses.replace(
+    request,
+    batch_size=request.batch_size or 1,
+    num_batches=request.num_batches or 1,
+  )
+  least = planner.choose(small)
+  found.append(least)
+  ratio = best.prediction.seconds / least.prediction.seconds
+  for n in range(1, _LATENCIES):
+    bound = least.prediction.seconds * ratio ** (n / _LATENCIES)
+    try:
+      found.append(
+        planner.choose(dataclasses.replace(request, max_latency=bound))
+      )
+    except InputError:  # nothing between is so short
+      continue
+  return _undominated(found)
+
+
+def _undominated(choices: Sequence[Choice]) -> list[Choice]:
+  kept: list[Choice] = []
+  rate = 0.0
+  for choice in sorted(choices, key=lambda c: c.prediction.seconds):
+    mine = choice.prediction.throughput_tokens_per_s
+    if mine > rate * (1 + 1e-6):
+      kept.append(choice)
+      rate = mine
+  return kept
+
+
+def _prepare(
+  model, prompt_len, gen_len, num_prompts, hardware, max_latency, flags
+) -> tuple[Planner, Request]:
+  for name, value, least in (
+    ('prompt_len', prompt_len, 1),
+    ('gen_len', gen_len, 1),
+    ('num_prompts', num_prompts, 1),
+    ('batch_size', flags.get('batch_size'), 1),
+    ('num_batches', flags.get('num_batches'), 1),
+  ):
+    if value is not None and value < least:
+      raise InputError(f'{name} must be at least {least}, got {value}')
+  if max_latency is not None and not 0 < max_latency < math.inf:
+    raise InputError(f'max_latency must be positive, got {max_latency}')
+  config = _config(model)
+  if prompt_len + gen_len > config.max_positions:
+    raise InputError(
+      f'{prompt_len} prompt tokens and {gen_len} new ones exceed the context '
+      f'of {config.max_positions}'
+    )
+  request = Request(
+    prompt_len=prompt_len,
+    gen_len=gen_len,
+    prompts=num_prompts,
+    batch_size=flags.pop('batch_size', None),
+    num_batches=flags.pop('num_batches', None),
+    max_latency=max_latency,
+  )
+  return _planner(config, hardware, **flags), request
+
+
+def _config(model: str | Path | None) -> ModelConfig:
+  name = str(model).lower().rsplit('/', 1)[-1]
+  if name in presets.NAMES and not Path(str(model)).is_dir():
+    return presets.preset(name)
+  return sources.find_source(model).config
+
+
+def _planner(
+  config: ModelConfig,
+  hardware: str | Path | Hardware | None,
+  *,
+  dtype: str = 'auto',
+  weight_bits: int | str | None = None,
+  cache_bits: int | str | None = None,
+  allow_lossy: bool = False,
+  device_memory: int | str | None = None,
+  host_memory: int | str | None = None,
+  disk_space: int | str | None = None,
+  disk_dir: str | Path | None = None,
+  **policy: Any,
+) -> Planner:
+  sources.check_dtype(dtype)
+  splits: dict[str, Any] = {
+    name: Split.parse(policy.pop(name, None), name)
+    for name in ('weights', 'cache', 'hidden')
+  }
+  mine = Policy(
+    **splits,
+    weight_bits=parse_bits(weight_bits, 'weight_bits'),
+    cache_bits=parse_bits(cache_bits, 'cache_bits'),
+    **({'attention': None} | policy),
+  )
+  device, host = parse_bytes(device_memory), parse_bytes(host_memory)
+  record = _record(hardware, device, host, disk_dir)
+  disk = record.disk_space
+  if disk_space is not None:
+    disk = 0 if str(disk_space) == '0' else parse_bytes(disk_space) or 0
+  budgets = {
+    'device': device or record.device_memory,
+    'host': host or record.host_memory,
+    'disk': disk,
+  }
+  return Planner(
+    config,
+    mine,
+    _forms(config, record, dtype, mine, allow_lossy),
+    record,
+    Machine(
+      unified=record.unified,
+      chunk_tokens=devices.chunk_tokens(record.platform),
+      budgets=lambda form: budgets,
+    ),
+    cache_bits=(
+      (16, 4)
+      if allow_lossy and mine.cache_bits is None
+      else (mine.cache_bits or 16,)
+    ),
+  )
+
+
+def _record(hardware, device, host, disk_dir) -> Hardware:
+  if isinstance(hardware, Hardware):
+    return hardware
+  if hardware is not None:
+    return records.read(hardware)
+  devices.limit(device, host)
+  root = Path(disk_dir) if disk_dir else None
+  record, _ = calibrate.load_or_measure(devices.machine(), root)
+  return record
+
+
+def _forms(
+  config: ModelConfig,
+  record: Hardware,
+  dtype: str,
+  policy: Policy,
+  allow_lossy: bool,
+) -> list[Format]:
+  dtypes = [dtype]
+  if dtype == 'auto':
+    on_cpu = record.platform == 'cpu'
+    dtypes = ['float32', 'bfloat16'] if on_cpu else [config.checkpoint_dtype]
+  bits: Mapping[bool, tuple[int, ...]] = {
+    True: (16, 4),
+    False: (policy.weight_bits or 16,),
+  }
+  size = policy.group_size or Packing.group_size
+  return [
+    Format(name, Packing(n, size) if n < 16 else Packing())
+    for name in dtypes
+    for n in bits[allow_lossy and policy.weight_bits is None]
+  ]
