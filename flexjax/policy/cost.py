@@ -73,9 +73,9 @@ def peak_bytes(
     peak['device'] += ahead * far
     if not problem.unified:  # what comes from disk passes through buffers
       peak['host'] += ahead * share['disk']
-  peak['host'] += (
-    MAX_DISK_WRITES * problem.cache_bytes * shares['cache']['disk']
-  )
+  held_by = 'device' if problem.unified else 'host'
+  writes = MAX_DISK_WRITES * problem.cache_bytes
+  peak[held_by] += writes * shares['cache']['disk']
   return peak
 
 

@@ -36,8 +36,15 @@ class Plan:
   placement: Mapping[str, Mapping[str, float]]
 
   @property
+  def over(self) -> float:
+    """Bytes by which tiers fall short."""
+    return sum(
+      max(0, self.peak[tier] - self.problem.budgets[tier]) for tier in TIERS
+    )
+
+  @property
   def fits(self) -> bool:
-    return all(self.peak[t] <= self.problem.budgets[t] for t in TIERS)
+    return not self.over
 
 
 def evaluate(
@@ -70,7 +77,8 @@ def evaluate(
     for key, size in problem.sizes(name).items()
     if places[key] == 'disk'
   ]
-  peak['host'] += MAX_DISK_WRITES * max(written, default=0)
+  held_by = 'device' if problem.unified else 'host'
+  peak[held_by] += MAX_DISK_WRITES * max(written, default=0)
   if not problem.unified:  # what comes from disk passes through host buffers
     peak['host'] += _buffers(problem, policy, places, sizes)
   return Plan(
@@ -159,7 +167,8 @@ def _fill(problem, policy, fixed) -> Plan:
         continue
       for split in _raised(splits[name], tier):
         raised = dataclasses.replace(policy, **(splits | {name: split}))
-        if (better := evaluate(problem, raised, fixed)).fits:
+        better = evaluate(problem, raised, fixed)
+        if better.fits or better.over < plan.over:
           plan, splits[name] = better, split
           break
   return plan
