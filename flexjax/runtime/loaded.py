@@ -136,7 +136,7 @@ class LoadedModel:
   ) -> Choice:
     """Plans, unless that has been done; the work is a new one each time."""
     settled = frozenset(fixed.items()) if fixed else None
-    key = (request, watched, settled, self.form)
+    key = (request, watched, settled, self.form, self.policy)
     if key not in self._chosen:
       self._chosen[key] = self._planner().choose(
         request, watched=watched, fixed=fixed
