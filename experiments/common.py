@@ -25,9 +25,18 @@ def bench(arguments: Sequence[str], timeout: float = 500) -> dict[str, Any]:
   Raises:
     RuntimeError: it failed; with the end of what it said.
   """
+  return _stats_of('bench', arguments, timeout)
+
+
+def planned(arguments: Sequence[str], timeout: float = 500) -> dict[str, Any]:
+  """Runs `flexjax plan` likewise: the accelerator is free again afterwards."""
+  return _stats_of('plan', arguments, timeout)
+
+
+def _stats_of(name: str, arguments: Sequence[str], timeout: float):
   with tempfile.TemporaryDirectory() as folder:
     stats = Path(folder) / 'stats.json'
-    command = [sys.executable, '-m', 'flexjax', 'bench', *arguments]
+    command = [sys.executable, '-m', 'flexjax', name, *arguments]
     done = subprocess.run(
       [*command, f'--stats={stats}'],
       capture_output=True,
