@@ -1,8 +1,9 @@
 """What is each of the engine's ideas worth (FlexGen, section 6.3)?
 
 The planner's policy, the same without overlap, a policy without a search, and
-the planner's best under a constraint. `flexjax bench` in a fresh process for every row, one block
-each; equal policies are measured once. Rows go to results.csv.
+the planner's best under a constraint. `flexjax bench` in a fresh process for
+every row, one block each; equal policies are measured once. Rows go to
+results.csv.
 """
 
 import subprocess
