@@ -180,9 +180,9 @@ class Runner:
         'seconds': round(seconds, 4),
       }
     except InputError as error:
-      row |= {'status': 'does not fit', 'why': str(error)}
+      row |= {'status': 'does not fit', 'why': _line(error)}
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
-      row |= {'status': 'failed', 'why': str(error)[:200]}
+      row |= {'status': 'failed', 'why': _line(error)}
     return row | {'took_s': round(time.perf_counter() - began, 1)}
 
   def _rate(self, block: int, seconds: float) -> float:
@@ -214,6 +214,10 @@ _FIGURES = (
 
 def _text(split: Split | None) -> str:
   return ','.join(f'{part:g}' for part in split) if split else ''
+
+
+def _line(error: Exception) -> str:
+  return ' '.join(str(error).split())[:200]
 
 
 def grid(runner: Runner, until: float) -> None:
@@ -263,7 +267,9 @@ def main(argv):
   for part in _PARTS.value:
     models = list(bench.models) if part == 'grid' else [bench.curve]
     for model in _MODELS.value or models:
-      left = max(until - time.time(), 0)
+      if (left := until - time.time()) <= 0:
+        print(f'skipped: {part} {model}', flush=True)
+        continue
       mine = [f'--parts={part}', f'--model={model}', f'--seconds={left}']
       command = [sys.executable, __file__, *sys.argv[1:], *mine]
       subprocess.run(command, check=True)
