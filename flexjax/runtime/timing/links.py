@@ -35,15 +35,15 @@ Start = Callable[[], Callable[[], None]]
 
 
 def host_links(watch: Stopwatch, points: Points) -> dict[str, Curve]:
-  """Seconds of each of several transfers that are under way together, as a run
-  that loads ahead has them; none if host and device are one."""
+  """Seconds of a transfer that others come before and after, as in a run that
+  loads ahead; none if host and device are one."""
   machine = watch.machine
   if machine.unified:
     return {}
   tier = HostTier(machine.pinned, machine.device)
   up, down = [], []
   for n, nbytes in enumerate(points.link_bytes):
-    if n and _AT_ONCE * nbytes > watch.room:
+    if n and 2 * _AT_ONCE * nbytes > watch.room:
       continue
     key: Key = ('weights', n)
     _fill(watch, tier, key, (nbytes // _ROW, _ROW // 4), 'kv')
@@ -51,20 +51,27 @@ def host_links(watch: Stopwatch, points: Points) -> dict[str, Curve]:
       name: watch.numbers((nbytes // _ROW, _ROW // 4), _DTYPE) for name in 'kv'
     }
 
-    def read(_, key=key):
-      return [tier.read(key).result() for _ in range(_AT_ONCE)]
+    def read(key=key):
+      return tier.read(key).result()
 
-    def write(_, there=there):
-      return [jax.device_put(there, machine.pinned) for _ in range(_AT_ONCE)]
+    def write(there=there):
+      return jax.device_put(there, machine.pinned)
 
-    up.append((nbytes, watch.wall(read) / _AT_ONCE))
-    down.append((nbytes, watch.wall(write) / _AT_ONCE))
+    up.append((nbytes, _one_more(watch, read)))
+    down.append((nbytes, _one_more(watch, write)))
     tier.free(key)
   tier.close()
   return {
     'host_to_device': Curve(tuple(up)),
     'device_to_host': Curve(tuple(down)),
   }
+
+
+def _one_more(watch: Stopwatch, transfer: Callable[[], object]) -> float:
+  """Seconds that each transfer adds to some that are under way."""
+  few = watch.wall(lambda _: [transfer() for _ in range(_AT_ONCE)])
+  many = watch.wall(lambda _: [transfer() for _ in range(2 * _AT_ONCE)])
+  return max(many - few, few / _AT_ONCE / 10) / _AT_ONCE
 
 
 def disk_links(

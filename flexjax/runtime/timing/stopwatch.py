@@ -7,6 +7,7 @@ given more to do, and that a first call compiles.
 import functools
 import itertools
 import math
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,13 +21,14 @@ from flexjax.runtime.devices import Machine
 
 Call = Callable[[int], Any]
 _MOST_RUNS = 20
-_CHAIN = 10  # calls behind each other; with the head start fewer than 32
-_HEAD_START_SECONDS = 3e-3
-_HEAD_START_CALLS = 16
-_HEAD_START_SIZE = 4096
+_CHAIN = 20  # calls behind each other; with the head start fewer than 32
+_HEAD_START_SECONDS = 6e-3
+_HEAD_START_CALLS = 10
+_HEAD_START_SIZE = 8192
 # More than any cache holds, so that operands come from memory.
 _COLD_BYTES = 2**28
 _MOST_COPIES = 8
+_LEAST = 1e-7  # seconds of anything
 
 
 class Stopwatch:
@@ -48,10 +50,10 @@ class Stopwatch:
   def on_device(
     self, call: Call, wait: Callable[[Any], Any] = jax.block_until_ready
   ) -> float:
-    """Returns the least seconds that the device takes for one call.
+    """Returns the seconds that the device takes for one call.
 
-    An accelerator is given several calls while it is still busy with something
-    else, so that dispatching them does not count.
+    An accelerator is given something else first, so that dispatching the calls
+    does not count: what they add to the time of that is theirs.
 
     Args:
       call: call(n) for n = 0, 1, 2, ...; may take other operands each time.
@@ -61,9 +63,22 @@ class Stopwatch:
       return self.wall(call, wait)
     n = itertools.count()
     wait(call(next(n)))  # compiles
-    once = self._chain(call, wait, n, 1)
+    began = time.perf_counter()
+    wait(call(next(n)))
+    once = time.perf_counter() - began
     calls = max(1, min(_CHAIN, int(self._seconds / once / 3)))
-    return self._least(lambda: self._chain(call, wait, n, calls))
+    added, began = [], time.perf_counter()
+    for _ in range(_MOST_RUNS):
+      alone = self._after_head_start(lambda: None)
+      added.append(
+        self._after_head_start(
+          lambda: wait([call(next(n)) for _ in range(calls)][-1])
+        )
+        - alone
+      )
+      if time.perf_counter() - began > self._seconds:
+        break
+    return max(statistics.median(added) / calls, _LEAST)
 
   def wall(
     self, call: Call, wait: Callable[[Any], Any] = jax.block_until_ready
@@ -85,18 +100,14 @@ class Stopwatch:
       least = min(least, run())
       if time.perf_counter() - began > self._seconds:
         break
-    return max(least, 1e-9)
+    return max(least, _LEAST)
 
-  def _chain(self, call: Call, wait, n, calls: int) -> float:
-    busy = self._head_start()
+  def _after_head_start(self, run: Callable[[], None]) -> float:
     began = time.perf_counter()
-    for _ in range(calls):
-      last = call(next(n))
-    if not busy.is_ready():  # else dispatching takes longer than computing
-      jax.block_until_ready(busy)
-      began = time.perf_counter()
-    wait(last)
-    return (time.perf_counter() - began) / calls
+    busy = self._head_start()
+    run()
+    jax.block_until_ready(busy)
+    return time.perf_counter() - began
 
   def _head_start(self) -> Any:
     """Gives the device something to do for a few milliseconds."""
