@@ -81,7 +81,8 @@ def window(sizes: Iterable[int], width: int) -> int:
   """
   ring = list(sizes)
   width = min(width, len(ring))
-  ring += ring[:width]
-  return max(
-    (sum(ring[n : n + width]) for n in range(len(ring) - width + 1)), default=0
-  )
+  most = held = sum(ring[:width])
+  for n, size in enumerate(ring):
+    held += ring[(n + width) % len(ring)] - size
+    most = max(most, held)
+  return most

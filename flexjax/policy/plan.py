@@ -126,15 +126,14 @@ def _in_flight(
 def _buffers(problem, policy, places, sizes) -> int:
   """Bytes of the buffers that reads from disk pass through: of every size as
   many as are ever under way together, because they are kept for the next."""
-  kinds = {
-    (key[0], sizes[key]) for key, place in places.items() if place == 'disk'
-  }
-  total = 0
-  for name, size in kinds:
-    only = {k: n for k, n in sizes.items() if (k[0], n) == (name, size)}
-    flight = _in_flight(problem, policy, places, only, {'disk'}, False)
-    total += flight[str(name)]
-  return total
+  kinds: dict[tuple[str, int], dict[Key, int]] = {}
+  for key, place in places.items():
+    if place == 'disk':
+      kinds.setdefault((str(key[0]), sizes[key]), {})[key] = sizes[key]
+  return sum(
+    _in_flight(problem, policy, places, only, {'disk'}, False)[name]
+    for (name, _), only in kinds.items()
+  )
 
 
 def resolve(

@@ -87,6 +87,5 @@ class Problem:
       return {('hidden', k): size for k in batches}
     if not self.work.cache_len:
       return {}
-    return {
-      ('cache', j, k): self.cache_bytes for j in self.cached for k in batches
-    }
+    size = self.cache_bytes
+    return {('cache', j, k): size for j in self.cached for k in batches}

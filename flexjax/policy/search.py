@@ -86,23 +86,20 @@ def search(
   hardware: Hardware,
   *,
   fixed: Mapping[Key, str] | None = None,
-  keep: int = 12,
-) -> list[Plan]:
-  """Returns the most promising plans that fit, best first; maybe none.
+) -> Iterator[tuple[float, Plan]]:
+  """Yields plans that fit, the most promising first; maybe none.
 
   Args:
     fixed: keys whose place is settled: weights that are loaded.
-    keep: how many plans are wanted.
+
+  Yields:
+    Prompts per second if every phase took no longer than its busiest resource,
+    and the plan.
   """
-  guesses = _explore(variants, request, hardware, fixed)
-  plans: list[Plan] = []
-  for guess in guesses:
-    if len(plans) == keep:
-      break
+  for guess in _explore(variants, request, hardware, fixed):
     plan = place(guess, hardware, request.max_latency, fixed)
     if plan is not None:
-      plans.append(plan)
-  return plans
+      yield guess.rate, plan
 
 
 def _explore(variants, request, hardware, fixed) -> list[Guess]:

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 from flexjax.config import ModelConfig, Packing, Policy, Split, Workload
 from flexjax.errors import InputError
@@ -24,7 +25,9 @@ from flexjax.tiers.base import spec_bytes
 from flexjax.typing import Key
 
 _ALIKE = 0.98  # of the best rate: then the shorter block is taken
-_RANKED_BY = 2  # steps: the prefill and a decode step
+_RANKED = 12  # plans that are simulated, at most
+_RANKED_BY = 2  # steps of them: the prefill and a decode step
+_FEW, _CELLS = 4, 25_000  # enough of them, if they are that large together
 _ATTENTIONS = ('device', 'host')
 
 
@@ -58,6 +61,14 @@ class Choice:
   hardware: Hardware
   form: Format
   runners_up: tuple[tuple[Plan, Prediction], ...] = ()
+
+
+class _Ranked(NamedTuple):
+  """A plan that was simulated; prompts per second, by its first steps."""
+
+  rate: float
+  first: Prediction
+  plan: Plan
 
 
 class Planner:
@@ -106,28 +117,37 @@ class Planner:
     Raises:
       InputError: nothing fits; says which tier is short by how much.
     """
-    plans = search(self._variants(), request, self.hardware, fixed=fixed)
-    if not plans:
-      plans = [self._fallback(request, fixed)]
-    ranked = []
-    for plan in plans:
-      first = predict(plan, self.hardware, watched=watched, first=_RANKED_BY)
-      rate = request.rate(plan.problem.work, first.seconds)
-      ranked.append((rate, first.seconds, plan))
-    ranked.sort(key=lambda one: -one[0])
-    alike = [one for one in ranked if one[0] >= _ALIKE * ranked[0][0]]
-    best = min(alike, key=lambda one: one[1])
-    ranked.remove(best)
+    ranked: list[_Ranked] = []
+    cells = 0
+    for bound, plan in search(
+      self._variants(), request, self.hardware, fixed=fixed
+    ):
+      best = max((one.rate for one in ranked), default=0.0)
+      many = _FEW if cells > _CELLS else _RANKED
+      if len(ranked) >= many or bound < _ALIKE * best:
+        break  # those that follow promise less than others keep
+      ranked.append(self._rank(plan, request, watched))
+      batches = plan.problem.work.num_batches
+      cells += _RANKED_BY * len(plan.problem.layers) * batches
+    if not ranked:
+      plan = self._fallback(request, fixed)
+      ranked = [self._rank(plan, request, watched)]
+    ranked.sort(key=lambda one: -one.rate)
+    alike = [one for one in ranked if one.rate >= _ALIKE * ranked[0].rate]
+    chosen = min(alike, key=lambda one: one.first.seconds)
     return Choice(
-      plan=best[2],
-      prediction=predict(best[2], self.hardware, watched=watched),
+      plan=chosen.plan,
+      prediction=predict(chosen.plan, self.hardware, watched=watched),
       hardware=self.hardware,
-      form=self._form(best[2]),
+      form=self._form(chosen.plan),
       runners_up=tuple(
-        (plan, predict(plan, self.hardware, watched=watched, first=_RANKED_BY))
-        for _, _, plan in ranked[:4]
+        (one.plan, one.first) for one in ranked if one is not chosen
       ),
     )
+
+  def _rank(self, plan: Plan, request: Request, watched: bool) -> _Ranked:
+    first = predict(plan, self.hardware, watched=watched, first=_RANKED_BY)
+    return _Ranked(request.rate(plan.problem.work, first.seconds), first, plan)
 
   def problem(self, form: Format, policy: Policy, work: Workload) -> Problem:
     """Returns what is to be placed, if weights are stored as `form`."""
@@ -211,10 +231,7 @@ class Planner:
       one = dataclasses.replace(
         one, batch_size=request.batch_size, num_batches=request.num_batches
       )
-    least = min(
-      predict(plan, self.hardware).seconds
-      for plan in search(self._variants(), one, self.hardware) or [choice.plan]
-    )
+    least = min(choice.prediction.seconds, self.choose(one).prediction.seconds)
     raise InputError(
       f'no block ends within --max_latency={request.max_latency:g} s; the '
       f'shortest is predicted to take {least:.3g} s'
