@@ -24,6 +24,10 @@ _LABELS = {
   'score': 'scoring tokens',
   'calibrate': 'measuring this machine',
 }
+_CALIBRATES = (
+  'flexjax: measuring this machine, once, to plan by; flexjax calibrate does it '
+  'more thoroughly'
+)
 
 
 def define() -> None:
@@ -46,8 +50,16 @@ def write_trace(llm: LLM) -> None:
 
 @contextmanager
 def progress(llm: LLM) -> Iterator[None]:
-  """Shows a progress bar while the body runs; nothing without a terminal."""
-  with bar() as llm.on_progress:
+  """Shows a progress bar while the body runs; without a terminal it only says
+  that this machine is measured, which nobody has asked for."""
+  with bar() as on_progress:
+
+    def told(what: str, done: int, total: int) -> None:
+      if what == 'calibrate' and not done:
+        print(_CALIBRATES, file=sys.stderr, flush=True)
+      on_progress(what, done, total)
+
+    llm.on_progress = told
     yield
 
 
