@@ -25,8 +25,8 @@ _LABELS = {
   'calibrate': 'measuring this machine',
 }
 _CALIBRATES = (
-  'flexjax: measuring this machine, once, to plan by; flexjax calibrate does it '
-  'more thoroughly'
+  'flexjax: measuring this machine, once, to plan by; flexjax calibrate does '
+  'it more thoroughly'
 )
 
 
