@@ -162,8 +162,9 @@ def _cache(busy, charges: Charges, policy: Policy, share, prefill) -> None:
   rows = charges.row_bytes(prefill)
   filled = work.prompt_len + (work.gen_len - 2) / 2
   if not prefill and policy.attention == 'host':
-    busy['cpu'] += cells * charges.attend_on_host()
-    query = charges.query_bytes()
+    unit = 'device' if problem.unified else 'cpu'
+    busy[unit] += cells * charges.attend_on_host()
+    query = 0 if problem.unified else charges.query_bytes()
     busy['device_to_host'] += cells * hardware.link('device_to_host', query)
     busy['host_to_device'] += cells * hardware.link('host_to_device', query)
   elif not prefill:
