@@ -179,7 +179,9 @@ class Simulator:
     for i, _, end in self._tokens:
       seconds[i] += end - before
       before = end
-    decode = sum(seconds[1:]) + later * seconds[-1]
+    # Nothing is loaded ahead in the last step: the one before is like most.
+    usual = seconds[-2] if self._steps > 2 else seconds[-1]
+    decode = sum(seconds[1:]) + later * usual
     work = self.problem.work
     busy = {'prefill': self._part(self._busy[:1], seconds[0], 0)}
     if steps > 1:
@@ -265,8 +267,9 @@ class Simulator:
     place, ready = self.places[key], self._output
     if place == 'device':
       return ready
-    if not self.problem.unified:
+    if place == 'disk' or not self.problem.unified:
       self._dispatch('write')
+    if not self.problem.unified:
       ready = self._copy('device_to_host', ready, nbytes)
     if place == 'disk':
       if len(self._disk_writes) == MAX_DISK_WRITES:
@@ -364,10 +367,9 @@ class Simulator:
   def _attend_on_host(self, ready, seconds, j: int, k: int) -> float:
     """Half of the products before it on the device, half after it."""
     query = self.charges.query_bytes()
-    rows = self._row_bytes[False]
     near = self._on('device', ready, seconds * 3 / 4, 'project')
-    if not self.problem.unified:
-      near = self._copy('device_to_host', near, query + rows)
+    if not self.problem.unified:  # new rows are charged where they are stored
+      near = self._copy('device_to_host', near, query)
     near = max(near, self._there['cache', j, k])
     unit = 'device' if self.problem.unified else 'cpu'
     done = self._on(unit, near, self.charges.attend_on_host(), 'attend')
