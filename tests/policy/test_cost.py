@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexjax.config import Packing, Policy, Split
+from flexjax.config import MAX_DISK_WRITES, Packing, Policy, Split
 from flexjax.hardware import LINKS
 from flexjax.policy import cost
 from flexjax.policy.charges import Charges
@@ -402,8 +402,11 @@ def test_whole_keys_need_no_more_than_a_key_of_each_class(
     )
     for tier in TIERS
   }
-  largest = {name: max(p.sizes(name).values()) for name in CLASSES}
-  assert plan.peak['disk'] == pytest.approx(affine['disk'])
-  for tier in ('device', 'host'):
-    slack = sum(largest.values())
-    assert abs(plan.peak[tier] - affine[tier]) <= slack + 1, tier
+  largest = [max(p.sizes(name).values()) for name in CLASSES]
+  slack = {'device': sum(largest), 'host': sum(largest), 'disk': 0}
+  # What is written to disk is any key, whatever the fraction; and buffers
+  # that reads pass through are of every size that there is.
+  slack['device' if unified else 'host'] += MAX_DISK_WRITES * max(largest[:2])
+  slack['host'] += 0 if unified else sum({*GROUPS} - {max(GROUPS)})
+  for tier in TIERS:
+    assert abs(plan.peak[tier] - affine[tier]) <= slack[tier] + 1, tier

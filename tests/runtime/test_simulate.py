@@ -258,9 +258,6 @@ RATES = st.fixed_dictionaries(
     'dispatch': st.sampled_from([1e-6, 1e-3]),
   }
 )
-# A queue serves whoever comes first, not whoever is awaited: small hidden
-# states wait behind weights that were asked for ahead.
-_QUEUED = 1.1
 
 
 @settings(max_examples=40, deadline=None)
@@ -278,6 +275,9 @@ def test_a_faster_machine_is_never_slower(policy, sizes, rates, what):
 @settings(max_examples=40, deadline=None)
 @given(policies(), SIZES, RATES)
 def test_overlap_and_looking_ahead_are_never_slower(policy, sizes, rates):
+  """Where weights alone are loaded: a link serves whoever comes first, so
+  that small hidden states may wait behind weights that have time."""
+  policy = {name: policy[name] for name in ('weights', 'schedule')}
   hardware = machine(unified=sizes['unified'], **rates)
   seconds = [
     predict(plan({**policy, **change}, **sizes), hardware).seconds
@@ -287,10 +287,8 @@ def test_overlap_and_looking_ahead_are_never_slower(policy, sizes, rates):
       {'overlap': True, 'prefetch_depth': 3},
     )
   ]
-  alone = policy['cache'] == policy['hidden'] == DEVICE
-  slack = 1 + 1e-9 if alone else _QUEUED
   for less, more in itertools.pairwise(seconds):
-    assert more <= less * slack
+    assert more <= less * (1 + 1e-9)
 
 
 @settings(max_examples=30, deadline=None)
