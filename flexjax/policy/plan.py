@@ -130,10 +130,13 @@ def _buffers(problem, policy, places, sizes) -> int:
   for key, place in places.items():
     if place == 'disk':
       kinds.setdefault((str(key[0]), sizes[key]), {})[key] = sizes[key]
-  return sum(
-    _in_flight(problem, policy, places, only, {'disk'}, False)[name]
-    for (name, _), only in kinds.items()
-  )
+  total = 0
+  for (name, _), only in kinds.items():
+    flight = _in_flight(problem, policy, places, only, {'disk'}, False)
+    total += flight[name]
+    if name == 'hidden' and problem.work.gen_len > 1:  # one token at a time
+      total += flight[name] // problem.work.prompt_len
+  return total
 
 
 def resolve(
