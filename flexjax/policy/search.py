@@ -167,9 +167,10 @@ def _around(
   sizes = {max(1, round(size * part)) for part in _FINER}
   numbers = {max(1, round(batches * part)) for part in _FINER}
   numbers |= {batches - 1, batches + 1} - {0}
-  for near in _given(request.batch_size, sizes):
-    if near * (batches - 1) < most:
-      yield min(near, int(min(most, 2 * _SIZES[-1]))), batches
+  if request.batch_size is None:
+    for near in sizes:
+      if near * (batches - 1) < most:
+        yield min(near, int(min(most, 2 * _SIZES[-1]))), batches
   for near in _given(request.num_batches, numbers):
     if size * (near - 1) < most:
       yield size, near
