@@ -28,6 +28,8 @@ _ALIKE = 0.98  # of the best rate: then the shorter block is taken
 _RANKED = 12  # plans that are simulated, at most
 _RANKED_BY = 2  # steps of them: the prefill and a decode step
 _FEW, _CELLS = 4, 25_000  # enough of them, if they are that large together
+_TRIES = 4  # to find a block that is short enough
+_LESS = 0.98  # of what is missing, because whole keys are not fractions
 _ATTENTIONS = ('device', 'host')
 
 
@@ -117,20 +119,9 @@ class Planner:
     Raises:
       InputError: nothing fits; says which tier is short by how much.
     """
-    ranked: list[_Ranked] = []
-    cells = 0
-    for bound, plan in search(
-      self._variants(), request, self.hardware, fixed=fixed
-    ):
-      best = max((one.rate for one in ranked), default=0.0)
-      many = _FEW if cells > _CELLS else _RANKED
-      if len(ranked) >= many or bound < _ALIKE * best:
-        break  # those that follow promise less than others keep
-      ranked.append(self._rank(plan, request, watched))
-      batches = plan.problem.work.num_batches
-      cells += _RANKED_BY * len(plan.problem.layers) * batches
+    ranked = self._ranked(request, fixed, watched)
     if not ranked:
-      plan = self._fallback(request, fixed)
+      plan = self._fallback(request, fixed, watched)
       ranked = [self._rank(plan, request, watched)]
     ranked.sort(key=lambda one: -one.rate)
     alike = [one for one in ranked if one.rate >= _ALIKE * ranked[0].rate]
@@ -145,8 +136,45 @@ class Planner:
       ),
     )
 
+  def _ranked(self, request: Request, fixed, watched: bool) -> list[_Ranked]:
+    """What the search finds, as far as the simulator finds it short enough.
+
+    The search takes links and computing for perfectly overlapped, so that a
+    block may take longer than it says: then it is asked for shorter ones.
+    """
+    asked, most = request, request.max_latency
+    for _ in range(_TRIES):
+      found = self._simulated(asked, fixed, watched)
+      if most is None or not found:
+        return found
+      if kept := [one for one in found if one.first.seconds <= most]:
+        return kept
+      over = min(one.first.seconds for one in found) / most
+      assert asked.max_latency is not None
+      bound = _LESS * asked.max_latency / over
+      asked = dataclasses.replace(asked, max_latency=bound)
+    return []
+
+  def _simulated(self, request: Request, fixed, watched: bool) -> list[_Ranked]:
+    """As many plans as promise more than the best so far."""
+    ranked: list[_Ranked] = []
+    cells = 0
+    for bound, plan in search(
+      self._variants(), request, self.hardware, fixed=fixed
+    ):
+      best = max((one.rate for one in ranked), default=0.0)
+      many = _FEW if cells > _CELLS else _RANKED
+      if len(ranked) >= many or bound < _ALIKE * best:
+        break  # those that follow promise less than others keep
+      ranked.append(self._rank(plan, request, watched))
+      batches = plan.problem.work.num_batches
+      cells += _RANKED_BY * len(plan.problem.layers) * batches
+    return ranked
+
   def _rank(self, plan: Plan, request: Request, watched: bool) -> _Ranked:
-    first = predict(plan, self.hardware, watched=watched, first=_RANKED_BY)
+    bounded = request.max_latency is not None  # then all steps count
+    steps = {} if bounded else {'first': _RANKED_BY}
+    first = predict(plan, self.hardware, watched=watched, **steps)
     return _Ranked(request.rate(plan.problem.work, first.seconds), first, plan)
 
   def problem(self, form: Format, policy: Policy, work: Workload) -> Problem:
@@ -199,15 +227,14 @@ class Planner:
       and self.policy.cache in (None, Split(0, 100, 0))
     )
 
-  def _fallback(self, request: Request, fixed) -> Plan:
+  def _fallback(self, request: Request, fixed, watched: bool) -> Plan:
     """A plan of the smallest block, filled as high up as it fits.
 
     Raises:
       InputError: there is none.
     """
     if request.max_latency is not None:
-      free = dataclasses.replace(request, max_latency=None)
-      self._refuse_latency(request, self.choose(free, fixed=fixed))
+      return self._shortest(request, fixed, watched)
     size, batches = request.batch_size or 1, request.num_batches or 1
     work = Workload(
       batch_size=size,
@@ -223,19 +250,27 @@ class Planner:
         continue
     return resolve(variants[-1].problem(work), variants[-1].policy, fixed)
 
-  def _refuse_latency(self, request: Request, choice: Choice) -> None:
+  def _shortest(self, request: Request, fixed, watched: bool) -> Plan:
+    """The plan of the smallest block, if that is short enough.
+
+    Raises:
+      InputError: it is not; says how long it takes. Or nothing fits.
+    """
     one = dataclasses.replace(
-      request, max_latency=None, batch_size=1, num_batches=1
+      request,
+      max_latency=None,
+      batch_size=request.batch_size or 1,
+      num_batches=request.num_batches or 1,
     )
-    if request.batch_size or request.num_batches:
-      one = dataclasses.replace(
-        one, batch_size=request.batch_size, num_batches=request.num_batches
+    choice = self.choose(one, fixed=fixed, watched=watched)
+    least = choice.prediction.seconds
+    assert request.max_latency is not None
+    if least > request.max_latency:
+      raise InputError(
+        f'no block ends within --max_latency={request.max_latency:g} s; the '
+        f'smallest is predicted to take {least:.3g} s'
       )
-    least = min(choice.prediction.seconds, self.choose(one).prediction.seconds)
-    raise InputError(
-      f'no block ends within --max_latency={request.max_latency:g} s; the '
-      f'shortest is predicted to take {least:.3g} s'
-    )
+    return choice.plan
 
   def _form(self, plan: Plan) -> Format:
     problem = plan.problem
