@@ -6,14 +6,18 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 LINK_BYTES_PER_S = 54e9  # a bare loop's rate, host to device, on an H200
 # The shape and the budgets of every run on an accelerator.
 SHAPE = ['--device_memory=16GiB', '--host_memory=110GiB', '--prompt_len=512']
 SHAPE += ['--gen_len=32', '--random_weights', '--dtype=bfloat16']
+_PRODUCTS = 20
 STEPS = 32  # tokens of a run of that shape
 HOST = ['--weights=0,100,0', '--cache=0,100,0', '--hidden=100,0,0']
 DEVICE = ['--weights=100,0,0', '--cache=100,0,0', '--hidden=100,0,0']
@@ -103,6 +107,21 @@ def compare(
   fields['allocator_bytes'] = stats.get('allocator_peak_bytes', 0)
   fields['arguments'] = ' '.join(arguments)
   return fields
+
+
+def cpu_gflops() -> float:
+  """Returns what the CPU's float32 products reach at this moment.
+
+  Takes some 0.3 s. Where others share the cores it falls, by half and more,
+  and rows are to be compared only where it is alike.
+  """
+  a, b = np.ones((1024, 1024), np.float32), np.ones((1024, 1024), np.float32)
+  a @ b
+  began = time.perf_counter()
+  for _ in range(_PRODUCTS):
+    a @ b
+  seconds = (time.perf_counter() - began) / _PRODUCTS
+  return round(2 * 1024**3 / seconds / 1e9, 1)
 
 
 def append(path: str | Path, fields: Mapping[str, Any]) -> None:

@@ -148,7 +148,7 @@ class Runner:
       Its row; `tokens_per_s` is what all prompts would get, whose last block
       may be a smaller one.
     """
-    began = time.perf_counter()
+    began, gflops = time.perf_counter(), common.cpu_gflops()
     policy = loaded.policy
     row: dict[str, Any] = {
       'batch_size': size,
@@ -183,6 +183,7 @@ class Runner:
       row |= {'status': 'does not fit', 'why': _line(error)}
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
       row |= {'status': 'failed', 'why': _line(error)}
+    row['cpu_gflops'] = min(gflops, common.cpu_gflops())
     return row | {'took_s': round(time.perf_counter() - began, 1)}
 
   def _rate(self, block: int, seconds: float) -> float:

@@ -90,19 +90,21 @@ def main(argv):
   names = [n for n in NAMES if machine == 'h200' or n[-9:] != 'attention']
   prompts = _PROMPTS.value or PROMPTS[machine]
   for model in _MODELS.value or MODELS[machine]:
-    measured: dict[tuple[str, ...], dict] = {}
+    measured: dict[tuple[str, ...], tuple[dict, float]] = {}
     for row in _ROWS.value or names:
-      fields = {'machine': machine, 'model': model}
+      fields: dict = {'machine': machine, 'model': model}
       fixed = shape(model)
       try:
         arguments = [*fixed, *policy(row, fixed, prompts)]
         key = tuple(arguments)
         if key not in measured:
-          measured[key] = common.bench(arguments, _TIMEOUT.value)
+          gflops = common.cpu_gflops()
+          stats = common.bench(arguments, _TIMEOUT.value)
+          measured[key] = stats, min(gflops, common.cpu_gflops())
       except (RuntimeError, subprocess.TimeoutExpired) as error:
         print(f'{model} {row} failed: {error}', flush=True)
         continue
-      stats = measured[key]
+      stats, fields['cpu_gflops'] = measured[key]
       fields |= common.compare(row, _COMMIT.value, arguments, stats)
       common.append(_RESULTS.value, fields)
 
