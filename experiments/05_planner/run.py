@@ -273,7 +273,8 @@ def main(argv):
         continue
       mine = [f'--parts={part}', f'--model={model}', f'--seconds={left}']
       command = [sys.executable, __file__, *sys.argv[1:], *mine]
-      subprocess.run(command, check=True)
+      if code := subprocess.run(command, check=False).returncode:
+        print(f'failed: {part} {model}, exit {code}', flush=True)
 
 
 if __name__ == '__main__':
