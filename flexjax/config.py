@@ -14,6 +14,7 @@ from typing import Any
 from flexjax.errors import InputError
 
 MAX_DISK_WRITES = 3  # on their way at once: each holds its rows in memory
+DISK_CACHE_CHUNK = 2 * 2**20  # bytes of a cache on disk that a row rewrites
 DTYPE_BYTES = {'float32': 4, 'bfloat16': 2, 'float16': 2}
 _UNITS = {'': 1, 'k': 10**3, 'm': 10**6, 'g': 10**9, 't': 10**12}
 _UNITS |= {u + 'i': 1024**n for n, u in enumerate(('', *'kmgt')) if u}

@@ -37,8 +37,7 @@ def run() -> None:
   for name in ('stats', 'trace'):
     files.check_writable(name, FLAGS[name].value)
   with shared.open_model() as llm, report.progress(llm):
-    count = FLAGS.num_prompts
-    count = count or (FLAGS.batch_size or 16) * (FLAGS.num_batches or 1)
+    count = FLAGS.num_prompts or llm.block_size(FLAGS.prompt_len, FLAGS.gen_len)
     rng = np.random.default_rng(0)
     size = (count, FLAGS.prompt_len)
     ids = rng.integers(4, llm.config.vocab_size, size).tolist()

@@ -5,7 +5,7 @@ both charge the same. Amounts of work are those of the layer functions; how
 long an amount takes is the hardware record's business.
 """
 
-from flexjax.config import UNPACKED
+from flexjax.config import DISK_CACHE_CHUNK, UNPACKED
 from flexjax.hardware import Hardware
 from flexjax.policy import volume
 from flexjax.policy.problem import Problem
@@ -149,6 +149,15 @@ class Charges:
       return 0
     size = volume.cache_bytes(p.config, work, p.cache_packing, p.itemsize)
     return size // work.cache_len * (work.prompt_len if prefill else 1)
+
+  def disk_row_bytes(self, prefill: bool) -> int:
+    """Bytes that a disk is busy with to take new cache rows: a chunk of keys
+    and one of values are read and written to change one row."""
+    rows = self.row_bytes(prefill)
+    if prefill or not rows:
+      return rows
+    half = self.problem.cache_bytes // 2
+    return max(rows, 4 * min(half, DISK_CACHE_CHUNK))
 
   def hidden_bytes(self, prefill: bool) -> int:
     """Bytes of one batch's hidden states between two layers."""

@@ -21,34 +21,65 @@ Shares = Mapping[str, Mapping[str, float]]
 """Fraction of every class, 'weights', 'cache' and 'hidden', on every tier."""
 
 
-def width(policy: Policy) -> int:
-  """Layer visits, or cells, whose tensors are on the device at a time."""
-  return 1 + (policy.prefetch_depth if policy.overlap else 0)
+def ahead(policy: Policy) -> int:
+  """Visits, or cells, that are loaded before they are computed; and computes
+  that are dispatched before one is waited for."""
+  return policy.prefetch_depth if policy.overlap else 0
+
+
+def cells_held(policy: Policy) -> int:
+  """Cells whose cache and hidden states are on the device at a time: loaded,
+  computing, and not known to be done."""
+  return 2 * ahead(policy) + 1
+
+
+def visits_held(problem: Problem, policy: Policy) -> int:
+  """Layer visits whose weights are on the device at a time, likewise."""
+  return 1 + ahead(policy) + _visits_running(problem, policy)
+
+
+def _visits_running(problem: Problem, policy: Policy) -> int:
+  """Visits that the computes before the current one may reach back to."""
+  batches = 1 if policy.schedule == 'row' else problem.work.num_batches
+  return -(-ahead(policy) // batches)
 
 
 def working_bytes(problem: Problem, policy: Policy, prefill: bool) -> int:
   """Device bytes that no key has: computes, their results, expanded weights.
 
-  Results are those of computes that have not been waited for.
+  Results, and new cache rows on their way, are those of computes that have not
+  been waited for.
   """
-  hidden = volume.hidden_bytes(problem.config, problem.work, problem.itemsize)
+  work = problem.work
+  hidden = volume.hidden_bytes(problem.config, work, problem.itemsize)
+  rows = 2 * hidden if work.cache_len else 0
   if not prefill:
-    hidden //= problem.work.prompt_len
+    hidden, rows = hidden // work.prompt_len, rows // work.prompt_len
   layer, matrix = volume.expanded_bytes(
     problem.config, problem.packing, problem.itemsize
   )
+  if problem.share and _visits_running(problem, policy):
+    layer += layer // 2  # attention has half as much as the MLP beside it
   workspace = volume.workspace(
     problem.config,
-    problem.work,
+    work,
     problem.itemsize,
     problem.cache_packing,
     cache_itemsize=problem.cache_itemsize,
     chunk_tokens=problem.chunk_tokens,
     prefill=prefill,
   )
-  results = (2 * width(policy) - 1) * hidden
+  running = ahead(policy)
+  writing = _attending(running, work.num_batches)
   expanded = layer if problem.share else matrix
-  return results + workspace + problem.kept + expanded
+  return running * hidden + writing * rows + workspace + problem.kept + expanded
+
+
+def _attending(cells: int, batches: int) -> int:
+  """Most cells of attention among consecutive ones: as many of the MLP follow
+  those of a layer."""
+  rounds, rest = divmod(cells, 2 * batches)
+  return rounds * batches + min(rest, batches)
 
 
 def peak_bytes(
@@ -63,16 +94,16 @@ def peak_bytes(
   peak = dict.fromkeys(TIERS, 0.0)
   peak['device'] = working_bytes(problem, policy, prefill)
   for name in CLASSES:
-    whole, ahead = _whole(problem, name), 0
+    whole, moving = _whole(problem, name), 0
     share = shares[name]
     for tier in TIERS:
       peak[tier] += share[tier] * whole
     if name != 'cache' or (policy.attention != 'host' and not prefill):
-      ahead = _ahead(problem, policy, name)
+      moving = _in_flight(problem, policy, name, prefill)
     far = share['disk'] + (0 if problem.unified else share['host'])
-    peak['device'] += ahead * far
+    peak['device'] += moving * far
     if not problem.unified:  # what comes from disk passes through buffers
-      peak['host'] += ahead * share['disk']
+      peak['host'] += moving * share['disk']
   held_by = 'device' if problem.unified else 'host'
   writes = MAX_DISK_WRITES * problem.cache_bytes
   peak[held_by] += writes * shares['cache']['disk']
@@ -91,20 +122,23 @@ def _whole(problem: Problem, name: str) -> int:
   )
 
 
-def _ahead(problem: Problem, policy: Policy, name: str) -> int:
+def _in_flight(
+  problem: Problem, policy: Policy, name: str, prefill: bool
+) -> int:
   """Bytes of the widest window of a class, if all of it must be loaded."""
-  cells, batches = width(policy), problem.work.num_batches
+  cells, batches = cells_held(policy), problem.work.num_batches
   if name == 'weights':
     groups = problem.group_bytes
     return window(
-      (sum(groups[g] for g in mine) for _, mine in problem.layers), cells
+      (sum(groups[g] for g in mine) for _, mine in problem.layers),
+      visits_held(problem, policy),
     )
   if name == 'cache':
-    # As many cells without a cache follow those of a layer with one.
-    rounds, rest = divmod(cells, 2 * batches)
-    return (rounds * batches + min(rest, batches)) * problem.cache_bytes
+    return _attending(cells, batches) * problem.cache_bytes
   size = volume.hidden_bytes(problem.config, problem.work, problem.itemsize)
-  return min(cells, batches) * size
+  return min(cells, batches) * (
+    size if prefill else size // problem.work.prompt_len
+  )
 
 
 def step_seconds(
@@ -123,6 +157,12 @@ def step_seconds(
   _hidden(busy, charges, shares['hidden'], prefill)
   for link, part in charges.hardware.contention.items():
     busy['device'] += part * busy[link]
+  if policy.attention == 'host' and not prefill and not charges.problem.unified:
+    # A device works in order: what follows waits for the CPU, and what the CPU
+    # hands back for the weights of other layers that are on their way.
+    busy['cpu'] += busy['device']
+    if charges.problem.work.num_batches > 1:
+      busy['cpu'] += busy['host_to_device']
   return busy
 
 
@@ -170,7 +210,7 @@ def _cache(busy, charges: Charges, policy: Policy, share, prefill) -> None:
   elif not prefill:
     part = filled / work.cache_len
     _read(busy, charges, share, problem.cache_bytes, cells, part)
-  _write(busy, charges, share, rows, cells)
+  _write(busy, charges, share, rows, cells, charges.disk_row_bytes(prefill))
   for tier in TIERS:
     on_host = policy.attention == 'host'
     seconds = charges.write_rows(tier, prefill, on_host)
@@ -200,9 +240,10 @@ def _read(busy, charges: Charges, share, size, times, of_disk=1.0) -> None:
   busy['dispatch'] += times * far * hardware.dispatch['read']
 
 
-def _write(busy, charges: Charges, share, size, times) -> None:
+def _write(busy, charges: Charges, share, size, times, on_disk=None) -> None:
+  """Adds writes of `size` bytes: `on_disk` are those that keep a disk busy."""
   hardware, far = charges.hardware, share['disk']
-  disk = hardware.link('host_to_disk', size)
+  disk = hardware.link('host_to_disk', size if on_disk is None else on_disk)
   busy['host_to_disk'] += times * share['disk'] * disk
   if not charges.problem.unified:
     far += share['host']

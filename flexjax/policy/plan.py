@@ -94,7 +94,9 @@ def _in_flight(
   problem, policy, places, sizes, moving, prefill
 ) -> dict[str, int]:
   """Most bytes of each class that are loaded ahead of use."""
-  width = cost.width(policy)
+  cells = cost.cells_held(policy)
+  visits = min(cost.visits_held(problem, policy), len(problem.layers))
+  part = 1 if prefill else problem.work.prompt_len
 
   def moved(key: Key) -> int:
     return sizes.get(key, 0) if places.get(key) in moving else 0
@@ -102,13 +104,13 @@ def _in_flight(
   batches = range(problem.work.num_batches)
   # Sets, because a tied table is held once for the head and the embedding.
   layers = [set(groups) for _, groups in problem.layers]
-  ring = layers + layers[: width - 1]
+  ring = layers + layers[: visits - 1]
   flight = {
     'weights': max(
-      sum(moved(('weights', g)) for g in set().union(*ring[j : j + width]))
+      sum(moved(('weights', g)) for g in set().union(*ring[j : j + visits]))
       for j in range(len(layers))
     ),
-    'hidden': window([moved(('hidden', k)) for k in batches], width),
+    'hidden': window([moved(('hidden', k)) // part for k in batches], cells),
     'cache': 0,
   }
   if policy.attention != 'host' and not prefill:
@@ -118,7 +120,7 @@ def _in_flight(
         for j in range(len(problem.layers))
         for k in batches
       ],
-      width,
+      cells,
     )
   return flight
 
@@ -132,7 +134,8 @@ def _buffers(problem, policy, places, sizes) -> int:
       kinds.setdefault((str(key[0]), sizes[key]), {})[key] = sizes[key]
   total = 0
   for (name, _), only in kinds.items():
-    flight = _in_flight(problem, policy, places, only, {'disk'}, False)
+    prompts = name == 'hidden'
+    flight = _in_flight(problem, policy, places, only, {'disk'}, prompts)
     total += flight[name]
     if name == 'hidden' and problem.work.gen_len > 1:  # one token at a time
       total += flight[name] // problem.work.prompt_len

@@ -1,7 +1,8 @@
 """The bytes that store and engine would report of a block, without any.
 
-Memory is borrowed and given back in the order of dispatching, so that peaks
-need no clock: what is counted here is what a run counts.
+Memory counts from when a read is dispatched until the compute that used it is
+waited for, so that peaks need no clock: what is counted here is what a run
+counts.
 """
 
 from flexjax.config import MAX_DISK_WRITES
@@ -10,6 +11,8 @@ from flexjax.policy.placement import total
 from flexjax.policy.plan import Plan
 from flexjax.policy.problem import CLASSES
 from flexjax.typing import Key
+
+Cell = tuple[int, int, int]
 
 
 class Accounts:
@@ -32,6 +35,9 @@ class Accounts:
     # their shape; on one memory they are what was read.
     self._buffers: dict[tuple[str, int], tuple[int, int]] = {}
     self._writes: list[float] = []
+    self._running: set[Cell] = set()
+    self._latest: Cell = (0, 0, 0)
+    self._due: dict[Cell, float] = {}  # bytes free once it is done
 
   def fetch(
     self, i: int, key: Key, size: int, nbytes: float = 0, most: float = 0
@@ -62,7 +68,7 @@ class Accounts:
     if key not in self._lent:
       return
     nbytes, size = self._lent.pop(key)
-    self._borrow(-nbytes)
+    self._free_when_done(nbytes)
     if self.places[key] == 'disk':
       self._buffer((str(key[0]), size), -1)
 
@@ -88,7 +94,27 @@ class Accounts:
       'attention': 4 * c.hidden_size**2,
       'mlp': 2 * c.hidden_size * c.ffn_size,
     }
-    self._borrow(sign * matrices[kind] * self.problem.itemsize)
+    nbytes = matrices[kind] * self.problem.itemsize
+    if sign > 0:
+      self._borrow(nbytes)
+    else:
+      self._free_when_done(nbytes)
+
+  def compute(self, cell: Cell) -> None:
+    """A cell is dispatched; what is released next, it has used."""
+    self._running.add(cell)
+    self._latest = cell
+
+  def wait(self, cell: Cell) -> None:
+    """A cell is done."""
+    self._running.discard(cell)
+    self._borrow(-self._due.pop(cell, 0))
+
+  def _free_when_done(self, nbytes: float) -> None:
+    if self._latest in self._running:
+      self._due[self._latest] = self._due.get(self._latest, 0) + nbytes
+    else:
+      self._borrow(-nbytes)
 
   def link_bytes(self, later: int) -> dict[str, int]:
     """Bytes per link, if `later` more steps are like the last."""

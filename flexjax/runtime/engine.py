@@ -93,6 +93,8 @@ class Engine:
     self._output: Array | None = None  # of the latest compute, not yet stored
     self._rows: dict[str, Array] | None = None  # its new cache rows
     self._running: dict[tuple[int, int, int], Array] = {}
+    self._due: dict[tuple[int, int, int], int] = {}  # bytes free once done
+    self._latest = (0, 0, 0)  # the cell computed last
     self._scalars: dict[tuple[Sharding, int], Array] = {}
     self._used: Array | None = None
 
@@ -155,15 +157,17 @@ class Engine:
       self._weights[group] = (pending, users + 1)
 
   def _free_weights(self, i: int, j: int, k: int) -> None:
+    freed = 0
     for group in self.layers[j].groups:
       pending, users = self._weights.pop(group)
-      self._drop_expanded(group)
+      freed += self._drop_expanded(group)
       if users > 1:
         self._weights[group] = (pending, users - 1)
       else:
         # Computes that are not waited for yet; on a CPU they may end in any
         # order, so the latest alone would not do.
         pending.release(list(self._running.values()))
+    self._free_when_done(freed)
 
   def _load_cache(self, i: int, j: int, k: int) -> None:
     rows = self.prompt_len + i - 1
@@ -202,11 +206,22 @@ class Engine:
       )
       self._used = self._output
     del hidden
-    self._release(j, k)
     self._running[i, j, k] = self._used
+    self._latest = (i, j, k)
+    self._release(j, k)
+    self._free_when_done()
     if (recorder := self.store.recorder) is not None:
       groups, compiled = self.layers[j].groups, self.compute.traces > traces
       recorder.compute(kind, i, j, k, groups, self._used, compiled)
+
+  def _free_when_done(self, nbytes: int = 0) -> None:
+    """Counts what has been given back until the latest compute is waited for:
+    a device frees it no sooner."""
+    nbytes += self.store.take_returned()
+    if self._latest in self._running:
+      self._due[self._latest] = self._due.get(self._latest, 0) + nbytes
+    else:
+      self.store.device.borrow(-nbytes)
 
   def _weights_of(self, i: int, j: int) -> dict[str, Array]:
     """Returns a layer's weights, expanded if several computes share them."""
@@ -227,9 +242,10 @@ class Engine:
       weights |= value
     return weights
 
-  def _drop_expanded(self, group: int) -> None:
-    if (value := self._expanded.pop(group, None)) is not None:
-      self.store.device.borrow(-_matrix_bytes(value))
+  def _drop_expanded(self, group: int) -> int:
+    """Returns the bytes that this frees."""
+    value = self._expanded.pop(group, None)
+    return 0 if value is None else _matrix_bytes(value)
 
   def _attend_on_host(self, i, j, k, weights, hidden) -> Array:
     """Projects on the device, attends on the CPU, projects back."""
@@ -287,6 +303,7 @@ class Engine:
 
   def _wait(self, i: int, j: int, k: int) -> None:
     jax.block_until_ready(self._running.pop((i, j, k), None))
+    self.store.device.borrow(-self._due.pop((i, j, k), 0))
 
   def _release(self, j: int, k: int) -> None:
     for kind in ('cache', 'hidden'):
@@ -299,9 +316,10 @@ class Engine:
       pending.release(running)
     for pending, _ in self._weights.values():
       pending.release(running)
-    for group in list(self._expanded):
-      self._drop_expanded(group)
-    for left in (self._pending, self._weights, self._running):
+    freed = sum(self._drop_expanded(group) for group in list(self._expanded))
+    freed += sum(self._due.values()) + self.store.take_returned()
+    self.store.device.borrow(-freed)
+    for left in (self._pending, self._weights, self._running, self._due):
       left.clear()
     self._output = self._rows = self._used = None
 

@@ -343,6 +343,13 @@ class LLM:
       block = next(self._blocks(ids, work))
       self._session.run(block, requests, work, lambda tokens, ended: None)
 
+  def block_size(self, prompt_len: int, gen_len: int) -> int:
+    """Returns how many prompts the planner would take together, of as many as
+    one likes."""
+    request = self._request(prompt_len, gen_len, None)
+    work = self._loaded.choose(request, self.on_progress)
+    return work.batch_size * work.num_batches
+
   def close(self) -> None:
     """Frees the tiers and deletes the run's files."""
     self._loaded.close()
@@ -397,22 +404,28 @@ class LLM:
   ) -> Workload:
     """Plans and loads for prompts to generate from, or to score."""
     longest = max(map(len, ids))
-    size, batches = self._batch_size, self._num_batches
-    if size is not None:
-      size = min(size, len(ids))
-    if batches is not None:
-      batches = min(batches, math.ceil(len(ids) / (size or 1)))
+    gen_len = max((r.params.max_new_tokens for r in requests), default=0)
     return self._loaded.prepare(
-      search.Request(
-        prompt_len=-(-longest // _COLUMNS) * _COLUMNS,
-        gen_len=max((r.params.max_new_tokens for r in requests), default=0),
-        prompts=len(ids),
-        batch_size=size,
-        num_batches=batches,
-        max_latency=self._max_latency,
-      ),
+      self._request(longest, gen_len, len(ids)),
       any(r.may_stop for r in requests),
       self.on_progress,
+    )
+
+  def _request(
+    self, prompt_len: int, gen_len: int, prompts: int | None
+  ) -> search.Request:
+    size, batches = self._batch_size, self._num_batches
+    if size is not None and prompts is not None:
+      size = min(size, prompts)
+    if batches is not None and prompts is not None:
+      batches = min(batches, math.ceil(prompts / (size or 1)))
+    return search.Request(
+      prompt_len=-(-prompt_len // _COLUMNS) * _COLUMNS,
+      gen_len=gen_len,
+      prompts=prompts,
+      batch_size=size,
+      num_batches=batches,
+      max_latency=self._max_latency,
     )
 
   def _blocks(self, ids, work: Workload):

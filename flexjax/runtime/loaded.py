@@ -105,11 +105,7 @@ class LoadedModel:
     Raises:
       InputError: it does not fit, or a directory is not what it should be.
     """
-    if self._record is None:
-      root = self.weights.root
-      self._record, _ = calibrate.load_or_measure(
-        self.machine, root, on_progress
-      )
+    self._find_record(on_progress)
     if self.store is not None:
       fixed = {k: p for k, p in self.store.places.items() if k[0] == 'weights'}
       try:
@@ -130,6 +126,18 @@ class LoadedModel:
       self._load(on_progress)
     self.allocate(self.plan)
     return self.plan.problem.work
+
+  def choose(self, request: Request, on_progress: OnProgress) -> Workload:
+    """Returns the workload that `prepare` would plan for; loads nothing."""
+    self._find_record(on_progress)
+    return self._choose(request, False, None).plan.problem.work
+
+  def _find_record(self, on_progress: OnProgress) -> None:
+    if self._record is None:
+      root = self.weights.root
+      self._record, _ = calibrate.load_or_measure(
+        self.machine, root, on_progress
+      )
 
   def _choose(
     self, request: Request, watched: bool, fixed: Mapping[Key, str] | None

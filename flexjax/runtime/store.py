@@ -47,6 +47,7 @@ class Store:
     self.meter = meter
     self.recorder: Recorder | None = None
     self.places: dict[Key, str] = {}
+    self._returned = 0
 
   def allocate(self, key: Key, spec: Spec, place: str) -> None:
     self.places[key] = place
@@ -77,7 +78,8 @@ class Store:
     # A host read is queued already; a disk read is waited for by the watcher.
     queued = place == 'host'
     self.meter.watch(pending.result() if queued else pending.result)
-    return _Borrowed(pending, self.device, nbytes)
+    self.device.borrow(nbytes)
+    return _Borrowed(pending, self, nbytes)
 
   def put(self, key: Key, value: Value, at: At | None = None) -> None:
     """Stores a value, or rows of it, where the key lives."""
@@ -94,6 +96,16 @@ class Store:
       if self.recorder is not None:
         ends.append(tier.written(key))
         self.recorder.store(key, nbytes, links, ends)
+
+  def given_back(self, nbytes: int) -> None:
+    """Takes note that a read's bytes will be free when its reader is done."""
+    self._returned += nbytes
+
+  def take_returned(self) -> int:
+    """Returns the bytes given back since it was last asked: they count until
+    whoever asks says otherwise, to `device.borrow`."""
+    returned, self._returned = self._returned, 0
+    return returned
 
   @property
   def device(self) -> DeviceTier:
@@ -127,15 +139,14 @@ class Store:
 
 
 class _Borrowed:
-  """A read that takes device memory until it is released."""
+  """A read that takes device memory until its reader is done."""
 
-  def __init__(self, pending: Pending, device: DeviceTier, nbytes: int):
-    self._pending, self._device, self._nbytes = pending, device, nbytes
-    device.borrow(nbytes)
+  def __init__(self, pending: Pending, store: Store, nbytes: int):
+    self._pending, self._store, self._nbytes = pending, store, nbytes
 
   def result(self) -> dict[str, jax.Array]:
     return self._pending.result()
 
   def release(self, after: Sequence[jax.Array] = ()) -> None:
-    self._device.borrow(-self._nbytes)
+    self._store.given_back(self._nbytes)
     self._pending.release(after)

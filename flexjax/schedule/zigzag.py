@@ -141,7 +141,7 @@ class _Lookahead:
         yield Action('store_hidden', i, j, k)
       self.done[k] = ordinal + 1
       self.running.append((i, j, k))
-      if len(self.running) > 2 * self.ahead:
+      if len(self.running) > self.ahead:
         yield Action('wait', *self.running.popleft())
     yield Action('free_weights', i, j, -1)
 

@@ -23,14 +23,13 @@ import numpy as np
 import tensorstore as ts
 from jax.sharding import Sharding
 
-from flexjax.config import MAX_DISK_WRITES
+from flexjax.config import DISK_CACHE_CHUNK, MAX_DISK_WRITES
 from flexjax.errors import InputError
 from flexjax.tiers.base import At, Pending, Spec, Tier, Value
 from flexjax.typing import Key, Piece
 
 _ALIGNMENT = 64  # bytes: what XLA wants of a buffer it uses in place
 _CHUNK_BYTES = 16 * 2**20
-_CACHE_CHUNK_BYTES = 2 * 2**20  # a new row rewrites one chunk
 _SCRATCH = re.compile(r'run-([0-9]+)-[0-9a-f]{8}')
 _ROWS_AXIS = -2  # of a cache [B, N, S, H]
 
@@ -299,7 +298,7 @@ def _array_spec(path: Path, spec: jax.ShapeDtypeStruct) -> dict[str, Any]:
   cached = len(shape) > 3
   axis = len(shape) + _ROWS_AXIS if cached else 0
   row = int(np.prod(shape)) * dtype.itemsize // shape[axis]
-  target = _CACHE_CHUNK_BYTES if cached else _CHUNK_BYTES
+  target = DISK_CACHE_CHUNK if cached else _CHUNK_BYTES
   chunk = list(shape)
   chunk[axis] = min(shape[axis], max(1, target // row))
   return {
