@@ -30,6 +30,7 @@ class Problem:
     unified: host and device are one memory, and reads from it move nothing.
     budgets: bytes of each tier; disk 0 where there is none.
     kept: bytes on the device beside all keys, for as long as the model is.
+    spare: bytes of the device that its allocator cannot make use of.
     chunk_tokens: see `Compute`.
   """
 
@@ -44,6 +45,7 @@ class Problem:
   packing: Packing = UNPACKED
   cache_packing: Packing = UNPACKED
   kept: int = 0
+  spare: int = 0
   chunk_tokens: int = 4096
 
   @property

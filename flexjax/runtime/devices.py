@@ -49,7 +49,7 @@ class Machine:
 
 def chunk_tokens(platform: str) -> int:
   """Returns tokens of a prefill that fill a device; more only take memory."""
-  return 2048 if platform == 'cpu' else 8192
+  return 2048 if platform == 'cpu' else 4096
 
 
 def limit(device_memory: int | None, host_memory: int | None) -> None:

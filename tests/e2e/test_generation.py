@@ -319,7 +319,7 @@ def test_batches_that_shrink(checkpoint, tmp_path, shrinking, change):
 def test_shrinking_cache_of_several_chunks(
   checkpoint, tmp_path, shrinking, monkeypatch
 ):
-  monkeypatch.setattr(disk_lib, '_CACHE_CHUNK_BYTES', 2048)
+  monkeypatch.setattr(disk_lib, 'DISK_CACHE_CHUNK', 2048)
   c = checkpoint('125m')
   params = [
     SamplingParams(max_new_tokens=n, ignore_eos=True) for n in (9, 2, 1, 2)

@@ -26,16 +26,23 @@ from flexjax.tiers.device import DeviceTier
 from flexjax.tiers.host import HostTier
 from flexjax.typing import Key
 
-_DTYPE = 'float32'
-_CONFIG = ModelConfig(
-  num_layers=4,
-  num_heads=4,
-  hidden_size=64,
-  ffn_size=256,
-  embed_size=64,
-  vocab_size=128,
-  max_positions=64,
-)
+
+def _model(width: int) -> ModelConfig:
+  return ModelConfig(
+    num_layers=4,
+    num_heads=width // 16 if width < 512 else width // 64,
+    hidden_size=width,
+    ffn_size=4 * width,
+    embed_size=width,
+    vocab_size=2 * width,
+    max_positions=64,
+  )
+
+
+# An accelerator launches as many kernels as for a large model; a CPU would
+# take longer to compute than to dispatch.
+_MODELS = {'cpu': (_model(64), 'float32')}
+_OTHER = (_model(512), 'bfloat16')
 _PROMPT_LEN = 1  # a prefill is then compiled with the decode steps
 _BATCH_SIZE, _NUM_BATCHES, _STEPS = 4, 2, 17
 _DEPTH = 2
@@ -82,14 +89,15 @@ class _Tiny:
 
   def __init__(self, watch: Stopwatch):
     machine = watch.machine
+    config, dtype = _MODELS.get(machine.platform, _OTHER)
     self._watch, self._meter = watch, Meter()
     tiers = {
       'device': DeviceTier(machine.device),
       'host': HostTier(machine.pinned, machine.device),
     }
     self._store = Store(tiers, None, self._meter)
-    layers = opt.layers(_CONFIG, _DTYPE)
-    codec = Codec(_CONFIG, _DTYPE, UNPACKED, UNPACKED)
+    layers = opt.layers(config, dtype)
+    codec = Codec(config, dtype, UNPACKED, UNPACKED)
     self.engine = Engine(
       layers,
       Compute(layers, codec, machine.chunk_tokens),
@@ -104,10 +112,9 @@ class _Tiny:
     self.todo = list(actions(shape, zigzag(shape), depth=_DEPTH))
     self.count = collections.Counter(action.kind for action in self.todo)
     self._weights: dict[Key, Spec] = {
-      ('weights', g): spec
-      for g, spec in enumerate(Format(_DTYPE).specs(_CONFIG))
+      ('weights', g): spec for g, spec in enumerate(Format(dtype).specs(config))
     }
-    self._state = _state_specs(cached)
+    self._state = _state_specs(config, dtype, cached)
 
   def seconds(self, weights: str, state: str) -> float:
     """Returns the seconds of a block with weights, and with cache and hidden
@@ -154,8 +161,10 @@ class _Tiny:
       tier.close()
 
 
-def _state_specs(cached: list[int]) -> dict[Key, Spec]:
-  c, dtype = _CONFIG, jnp.dtype(_DTYPE)
+def _state_specs(
+  c: ModelConfig, name: str, cached: list[int]
+) -> dict[Key, Spec]:
+  dtype = jnp.dtype(name)
   columns = _PROMPT_LEN + _STEPS - 1
   rows = jax.ShapeDtypeStruct(
     (_BATCH_SIZE, c.num_heads, columns, c.head_size), dtype
