@@ -72,12 +72,14 @@ def working_bytes(problem: Problem, policy: Policy, prefill: bool) -> int:
   running = ahead(policy)
   writing = _attending(running, work.num_batches)
   expanded = layer if problem.share else matrix
-  return running * hidden
+  return (
+    running * hidden
     + writing * rows
     + workspace
     + expanded
     + problem.kept
     + problem.spare
+  )
 
 
 def _attending(cells: int, batches: int) -> int:
