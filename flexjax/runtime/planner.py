@@ -8,6 +8,7 @@ that one does not have.
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -144,11 +145,11 @@ class Planner:
     The search takes links and computing for perfectly overlapped, so that a
     block may take longer than it says: then it is asked for shorter ones.
     """
-    asked, most = request, request.max_latency
+    asked, most = request, request.max_latency or math.inf
     for _ in range(_TRIES):
-      found = self._simulated(asked, fixed, watched)
-      if most is None or not found:
-        return found
+      found = self._simulated(asked, most, fixed, watched)
+      if not found:
+        return []
       if kept := [one for one in found if one.first.seconds <= most]:
         return kept
       over = min(one.first.seconds for one in found) / most
@@ -157,14 +158,18 @@ class Planner:
       asked = dataclasses.replace(asked, max_latency=bound)
     return []
 
-  def _simulated(self, request: Request, fixed, watched: bool) -> list[_Ranked]:
-    """As many plans as promise more than the best so far."""
+  def _simulated(
+    self, request: Request, most: float, fixed, watched: bool
+  ) -> list[_Ranked]:
+    """As many plans as promise more than the best that takes `most` seconds."""
     ranked: list[_Ranked] = []
     cells = 0
     for bound, plan in search(
       self._variants(), request, self.hardware, fixed=fixed
     ):
-      best = max((one.rate for one in ranked), default=0.0)
+      best = max(
+        (one.rate for one in ranked if one.first.seconds <= most), default=0.0
+      )
       many = _FEW if cells > _CELLS else _RANKED
       if len(ranked) >= many or bound < _ALIKE * best:
         break  # those that follow promise less than others keep
