@@ -244,7 +244,7 @@ def test_a_given_record_is_planned_by(model, prompts, tmp_path):
 REFUSED = {
   'no record': ({'hardware': 'nowhere.json'}, r"hardware.*'nowhere.json'"),
   'latency': ({'max_latency': 0}, r'max_latency.*positive.*0'),
-  'too short': ({'max_latency': 1e-9}, r'max_latency=1e-09.*shortest.* s'),
+  'too short': ({'max_latency': 1e-9}, r'max_latency=1e-09.*smallest.* s'),
   'batch_size': ({'batch_size': 0}, r'batch_size.*1, got 0'),
   'num_batches': ({'num_batches': -1}, r'num_batches.*1, got -1'),
   'attention': ({'attention': 'disk'}, r"attention.*'disk'"),

@@ -202,7 +202,8 @@ def variant(policy=None, **sizes):
 
 def run(request, policy=None, fixed=None, rates=SLOW, **sizes):
   one = variant(policy, **sizes)
-  return search([one], request, machine(**rates), fixed=fixed, keep=4)
+  found = search([one], request, machine(**rates), fixed=fixed)
+  return [plan for _, plan in itertools.islice(found, 4)]
 
 
 def rate_of(request, plan, hardware):
@@ -305,6 +306,15 @@ def test_no_block_is_much_better_than_the_first():
   assert best > 0
   # Whole keys of so small a model are a good part of it.
   assert max(rates) >= 0.9 * best
+
+
+def test_the_most_promising_come_first():
+  request = Request(prompt_len=16, gen_len=8, prompts=50)
+  one = variant(device=1_500_000)
+  found = list(search([one], request, machine(**SLOW)))
+  bounds = [bound for bound, _ in found]
+  assert len(bounds) > 5
+  assert bounds == sorted(bounds, reverse=True)
 
 
 def test_all_prompts_count_not_those_that_would_fit():
