@@ -43,7 +43,7 @@ def hidden_bytes(config: ModelConfig, work: Workload, itemsize: int) -> int:
 def chunk_rows(batch: int, columns: int, chunk_tokens: int) -> int:
   """Rows of a prefill that go through a layer together: a divisor of all."""
   most = max(1, chunk_tokens // columns)
-  return max(n for n in range(1, batch + 1) if batch % n == 0 and n <= most)
+  return next(n for n in range(min(batch, most), 0, -1) if batch % n == 0)
 
 
 def workspace(
