@@ -18,7 +18,7 @@ from absl import flags
 
 from flexjax.cli import files
 from flexjax.cli import flags as shared
-from flexjax.config import format_bytes
+from flexjax.config import Policy, format_bytes
 from flexjax.policy.placement import TIERS
 from flexjax.policy.plan import Plan
 from flexjax.runtime import plan as plans
@@ -115,6 +115,10 @@ def command_line(plan: Plan) -> str:
     'cache_bits': policy.cache_bits,
     'dtype': plan.problem.dtype,
   }
+  for name in ('schedule', 'prefetch_depth', 'overlap', 'group_size'):
+    value = getattr(policy, name)
+    if value != getattr(Policy, name):
+      values[name] = str(value).lower()
   return ' '.join(f'--{name}={value}' for name, value in values.items())
 
 
