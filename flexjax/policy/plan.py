@@ -237,11 +237,11 @@ def _nearest(plan: Plan, policy: Policy, fixed) -> str:
         )
   least = _fill(problem, open_policy, fixed)
   short = [t for t in TIERS if least.peak[t] > problem.budgets[t]]
-  if 'host' in short and not problem.budgets['disk']:
+  if not problem.budgets['disk']:
     budgets = {**problem.budgets, 'disk': sum(plan.peak.values())}
     with_disk = dataclasses.replace(problem, budgets=budgets)
     if _fill(with_disk, open_policy, fixed).fits:
-      return 'a --disk_dir would take what host memory cannot'
+      return 'a --disk_dir would take what memory cannot'
   flag = {
     'device': 'device_memory',
     'host': 'host_memory',

@@ -251,13 +251,13 @@ class Planner:
       prompt_len=request.prompt_len,
       gen_len=request.gen_len,
     )
-    variants = self._variants()
-    for variant in variants[:-1]:
+    refusals = []
+    for variant in self._variants():
       try:
         return resolve(variant.problem(work), variant.policy, fixed)
-      except InputError:
-        continue
-    return resolve(variants[-1].problem(work), variants[-1].policy, fixed)
+      except InputError as e:
+        refusals.append(e)
+    raise refusals[0]
 
   def _shortest(self, request: Request, fixed, watched: bool) -> Plan:
     """The plan of the smallest block, if that is short enough.
