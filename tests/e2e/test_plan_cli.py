@@ -74,7 +74,7 @@ def refuses(done, expected):
 # Models and machines.
 
 PAIRS = {
-  'OPT-175B, T4': ('opt-175b', 't4'),
+  'OPT-30B, T4': ('opt-30b', 't4'),
   'OPT-30B, A100': ('opt-30b', 'a100-40gb'),
   'OPT-6.7B, RTX 3090': ('opt-6.7b', 'rtx3090'),
   'OPT-125M, TPU v5e': ('opt-125m', 'tpu-v5e'),
@@ -217,8 +217,8 @@ SHORT = {
     r'at least [\d.]+ MiB of device_memory',
   ),
   'host, no disk': (
-    ('opt-30b', '--host_memory=1GiB', '--disk_space=0'),
-    r'short by [\d.]+ GiB',
+    ('opt-30b', '--host_memory=8GiB', '--disk_space=0'),
+    r'short by [\d.]+ GiB\).*a --disk_dir would',
   ),
   'nowhere': (
     (
@@ -236,7 +236,7 @@ SHORT = {
     r'would fit',
   ),
   'batch': (
-    ('opt-6.7b', '--batch_size=100000', '--num_batches=4'),
+    ('opt-1.3b', '--batch_size=1500', '--num_batches=1'),
     r'short by .*--batch_size=\d+ .*would fit',
   ),
 }
@@ -247,6 +247,15 @@ def test_what_cannot_fit_is_one_line_of_numbers(flexjax, case):
   (model, *argv), expected = case
   done = flexjax('plan', f'--model={model}', f'--hardware={T4}', *argv)
   refuses(done, expected)
+
+
+def test_a_refusal_is_of_what_was_asked_for(flexjax):
+  """Not of attention on the host, where that was but a possibility."""
+  short = ('--model=opt-30b', f'--hardware={T4}', '--host_memory=1GiB')
+  short += ('--disk_space=1GB', '--batch_size=8')
+  done = flexjax('plan', *short)
+  refuses(done, 'short by')
+  assert done.stderr == flexjax('plan', *short, '--attention=device').stderr
 
 
 # Latency.

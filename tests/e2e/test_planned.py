@@ -69,11 +69,9 @@ def expected(model, prompts):
 
 
 RUNS = {
-  'device': {},
   'weights on host': {'weights': HOST},
   'weights on disk, deep': {'weights': DISK, 'prefetch_depth': 5},
   'weights mixed, row': {'weights': MIXED, 'schedule': 'row'},
-  'cache on host': {'cache': HOST},
   'cache on disk': {'cache': DISK, 'weights': HOST},
   'cache mixed, 3 batches': {'cache': MIXED, 'num_batches': 3},
   'all mixed, no overlap': {
@@ -170,7 +168,6 @@ GIVEN = {
   'nothing': {},
   'weights': {'weights': HOST},
   'cache': {'cache': (50, 50, 0)},
-  'hidden': {'hidden': HOST},
   'batch_size': {'batch_size': 3},
   'num_batches': {'num_batches': 2},
   'row': {'schedule': 'row', 'prefetch_depth': 1},
