@@ -55,11 +55,6 @@ def working_bytes(problem: Problem, policy: Policy, prefill: bool) -> int:
   rows = 2 * hidden if work.cache_len else 0
   if not prefill:
     hidden, rows = hidden // work.prompt_len, rows // work.prompt_len
-  layer, matrix = volume.expanded_bytes(
-    problem.config, problem.packing, problem.itemsize
-  )
-  if problem.share and _visits_running(problem, policy):
-    layer += layer // 2  # attention has half as much as the MLP beside it
   workspace = volume.workspace(
     problem.config,
     work,
@@ -71,12 +66,18 @@ def working_bytes(problem: Problem, policy: Policy, prefill: bool) -> int:
   )
   running = ahead(policy)
   writing = _attending(running, work.num_batches)
-  expanded = layer if problem.share else matrix
+  expanded = [
+    volume.expanded_bytes(
+      problem.config, kind, problem.packing, problem.itemsize
+    )
+    for kind, _ in problem.layers
+  ]
+  visits = 1 + _visits_running(problem, policy) if problem.share else 1
   return (
     running * hidden
     + writing * rows
     + workspace
-    + expanded
+    + window(expanded, visits)
     + problem.kept
     + problem.spare
   )

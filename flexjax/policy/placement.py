@@ -80,9 +80,11 @@ def window(sizes: Iterable[int], width: int) -> int:
   It is what a load-ahead of `width` - 1 steps holds at most.
   """
   ring = list(sizes)
-  width = min(width, len(ring))
+  if not ring:
+    return 0
+  rounds, width = divmod(width, len(ring))
   most = held = sum(ring[:width])
   for n, size in enumerate(ring):
     held += ring[(n + width) % len(ring)] - size
     most = max(most, held)
-  return most
+  return rounds * sum(ring) + most

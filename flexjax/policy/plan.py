@@ -95,20 +95,21 @@ def _in_flight(
 ) -> dict[str, int]:
   """Most bytes of each class that are loaded ahead of use."""
   cells = cost.cells_held(policy)
-  visits = min(cost.visits_held(problem, policy), len(problem.layers))
   part = 1 if prefill else problem.work.prompt_len
 
   def moved(key: Key) -> int:
     return sizes.get(key, 0) if places.get(key) in moving else 0
 
   batches = range(problem.work.num_batches)
-  # Sets, because a tied table is held once for the head and the embedding.
-  layers = [set(groups) for _, groups in problem.layers]
-  ring = layers + layers[: visits - 1]
+  groups = [groups for _, groups in problem.layers]
   flight = {
-    'weights': max(
-      sum(moved(('weights', g)) for g in set().union(*ring[j : j + visits]))
-      for j in range(len(layers))
+    # A tied table is held once for the head and the embedding after it.
+    'weights': window(
+      [
+        sum(moved(('weights', g)) for g in mine if g not in before)
+        for before, mine in zip([(), *groups], groups, strict=False)
+      ],
+      cost.visits_held(problem, policy),
     ),
     'hidden': window([moved(('hidden', k)) // part for k in batches], cells),
     'cache': 0,

@@ -62,7 +62,9 @@ class Problem:
   def share(self) -> bool:
     """Whether packed matrices are expanded once for all batches of a visit:
     unless a layer's take more than a quarter of the device."""
-    layer, _ = volume.expanded_bytes(self.config, self.packing, self.itemsize)
+    layer = volume.expanded_bytes(
+      self.config, 'mlp', self.packing, self.itemsize
+    )
     return 4 * layer <= self.budgets['device']
 
   @property

@@ -20,19 +20,13 @@ def cache_bytes(
 
 
 def expanded_bytes(
-  config: ModelConfig, packing: Packing, itemsize: int
-) -> tuple[int, int]:
-  """Bytes of packed matrices while they are expanded.
-
-  Returns:
-    Those of the largest layer, and of the largest matrix: nothing where
-    matrices are not packed.
-  """
-  if not packing.packs:
-    return 0, 0
+  config: ModelConfig, kind: str, packing: Packing, itemsize: int
+) -> int:
+  """Bytes of a layer's packed matrices while they are expanded: nothing where
+  they are not packed."""
   d, f = config.hidden_size, config.ffn_size
-  layer, matrix = max(4 * d * d, 2 * d * f), max(3 * d * d, d * f)
-  return layer * itemsize, matrix * itemsize
+  sizes = {'attention': 4 * d * d, 'mlp': 2 * d * f}
+  return itemsize * sizes.get(kind, 0) if packing.packs else 0
 
 
 def hidden_bytes(config: ModelConfig, work: Workload, itemsize: int) -> int:
