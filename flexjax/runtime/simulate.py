@@ -22,6 +22,7 @@ from flexjax.typing import Key
 
 PHASES = ('prefill', 'decode')
 _STEPS = 4  # prefill, a first decode step, and two to see how long one takes
+_DISK_STEPS = 8  # a queue of writes takes longer to fill
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,16 +71,22 @@ class Prediction:
 
 
 def predict(
-  plan: Plan, hardware: Hardware, *, watched: bool = False, first: int = _STEPS
+  plan: Plan,
+  hardware: Hardware,
+  *,
+  watched: bool = False,
+  first: int | None = None,
 ) -> Prediction:
   """Predicts a block from its first steps: later ones take as long as those.
 
   Args:
     watched: requests may stop early, so that the tokens of a batch are looked
       at before its next step.
-    first: how many steps, at most.
+    first: how many steps, at most; by default as many as it takes.
   """
   steps = max(1, plan.problem.work.gen_len)
+  if first is None:
+    first = _DISK_STEPS if plan.placement['cache']['disk'] else _STEPS
   run = Simulator(plan, hardware, watched=watched)
   run.run(min(steps, first))
   return run.prediction(steps)

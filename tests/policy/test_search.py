@@ -59,26 +59,26 @@ def block_seconds(p, policy, at, hardware):
 CASES = {
   # policy, problem, machine
   'plenty of everything': ({}, {}, {}),
-  'half of it on the device': ({}, {'device': 1_100_000}, {}),
-  'little on the device': ({}, {'device': 900_000}, {}),
-  'all three tiers': ({}, {'device': 900_000, 'host': 900_000}, {}),
-  'no disk': ({}, {'device': 1_000_000, 'disk': 0}, {}),
+  'half of it on the device': ({}, {'device': 1_400_000}, {}),
+  'little on the device': ({}, {'device': 1_200_000}, {}),
+  'all three tiers': ({}, {'device': 1_200_000, 'host': 900_000}, {}),
+  'no disk': ({}, {'device': 1_300_000, 'disk': 0}, {}),
   'no overlap': (
     {'overlap': False},
-    {'device': 800_000, 'host': 900_000},
+    {'device': 1_100_000, 'host': 900_000},
     {},
   ),
-  'row': ({'schedule': 'row'}, {'device': 1_000_000}, {}),
+  'row': ({'schedule': 'row'}, {'device': 1_300_000}, {}),
   'attended on host': (
     {'attention': 'host'},
-    {'device': 1_300_000, 'batch_size': 8},
+    {'device': 1_600_000, 'batch_size': 8},
     {},
   ),
-  'one token': ({}, {'device': 1_000_000, 'gen_len': 1}, {}),
+  'one token': ({}, {'device': 1_300_000, 'gen_len': 1}, {}),
   'packed': (
     {'weight_bits': 4, 'cache_bits': 4},
     {
-      'device': 1_100_000,
+      'device': 1_400_000,
       'packing': Packing(4),
       'cache_packing': Packing(4, 32),
     },
@@ -86,7 +86,7 @@ CASES = {
   ),
   'one memory': (
     {},
-    {'device': 1_200_000, 'host': 1_200_000, 'unified': True},
+    {'device': 1_500_000, 'host': 1_200_000, 'unified': True},
     {'unified': True},
   ),
 }
@@ -136,7 +136,7 @@ def test_time_being_equal_all_is_on_the_device():
 def test_less_memory_is_never_faster():
   hardware = machine(**SLOW)
   took = []
-  for device in range(900_000, 2_000_000, 100_000):
+  for device in range(1_200_000, 2_300_000, 100_000):
     _, seconds = solve(problem(device=device), POLICY, hardware)
     took.append(seconds)
   for less, more in itertools.pairwise(took):
@@ -161,7 +161,7 @@ def test_settled_classes_are_kept(name, split):
 
 IMPOSSIBLE = {
   'no room to compute': {'device': 1000},
-  'no room at all': {'device': 900_000, 'host': 1000, 'disk': 0},
+  'no room at all': {'device': 1_200_000, 'host': 1000, 'disk': 0},
 }
 
 
@@ -172,7 +172,7 @@ def test_nothing_where_nothing_fits(sizes):
 
 
 def test_a_tier_that_is_not_there_gets_nothing():
-  p = problem(device=1_000_000, disk=0)
+  p = problem(device=1_300_000, disk=0)
   at, _ = solve(p, POLICY, machine(**SLOW))
   assert all(at[name]['disk'] == 0 for name in CLASSES)
   settled = {'weights': shares(weights='disk')['weights']}
@@ -180,7 +180,7 @@ def test_a_tier_that_is_not_there_gets_nothing():
 
 
 def test_latency_bounds_a_block():
-  p, hardware = problem(device=900_000), machine(**SLOW)
+  p, hardware = problem(device=1_200_000), machine(**SLOW)
   _, least = solve(p, POLICY, hardware)
   assert solve(p, POLICY, hardware, max_latency=0.99 * least) is None
   _, took = solve(p, POLICY, hardware, max_latency=1.01 * least)
@@ -291,7 +291,7 @@ def test_loaded_weights_stay_where_they_are():
 
 def test_no_block_is_much_better_than_the_first():
   """Against the linear program at every block of a fine grid."""
-  sizes = {'device': 1_500_000, 'host': 4_000_000}
+  sizes = {'device': 1_800_000, 'host': 4_000_000}
   hardware, one = machine(**SLOW), variant(**sizes)
   request = Request(prompt_len=16, gen_len=8)
   plans = run(request, **sizes)

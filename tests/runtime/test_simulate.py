@@ -135,8 +135,12 @@ def test_writes_of_the_prefill_go_on_in_decode():
   got = predict(plan({'cache': DISK}), made(host_to_disk=1e4))
   nbytes = 2 * CACHED * (16 + STEPS - 1) * ROW
   assert got.link_bytes['host_to_disk'] == nbytes
-  assert got.seconds == pytest.approx(nbytes / 1e4, rel=0.03)
-  assert step(got) > 1.5 * 2 * CACHED * ROW / 1e4
+  # A decode step rewrites the chunks of its rows, here whole caches.
+  later = 2 * CACHED * 2 * CACHE
+  charged = 2 * CACHED * 16 * ROW + (STEPS - 1) * later
+  # Nobody waits for the last ones.
+  assert 0.9 * charged / 1e4 < got.seconds <= charged / 1e4
+  assert step(got) == pytest.approx(later / 1e4, rel=0.2)
   assert got.binding('decode') == 'host_to_disk'
 
 
@@ -216,6 +220,10 @@ def test_charges_are_those_of_the_cost_model(
       charges, one.policy, one.placement, phase == 'prefill'
     )
     for resource, part in got.busy[phase].items():
+      if resource == 'cpu' and place.get('attention') == 'host' and not unified:
+        # There the cost model adds what the CPU waits for.
+        assert part * seconds <= busy[resource] * 1.01
+        continue
       # The mean of a cache's reads is the read of its mean, latency apart.
       assert part * seconds == pytest.approx(busy[resource], rel=0.01), (
         phase,
@@ -307,7 +315,7 @@ def test_later_steps_are_like_the_first(policy, sizes, rates):
   sizes = {**sizes, 'gen_len': 24}
   one = plan(policy, **sizes)
   hardware = machine(unified=sizes['unified'], **rates)
-  some, all_ = (predict(one, hardware, first=n) for n in (4, 24))
+  some, all_ = (predict(one, hardware, first=n) for n in (None, 24))
   assert some.seconds == pytest.approx(all_.seconds, rel=0.05)
   for link in LINKS:
     assert some.link_bytes[link] == pytest.approx(
