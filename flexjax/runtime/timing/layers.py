@@ -127,23 +127,30 @@ def decode_attention(watch: Stopwatch, points: Points) -> dict[str, Curve]:
 
 
 def host_attention(watch: Stopwatch, points: Points) -> dict[str, Curve]:
-  """dtype -> bytes of cache in host memory -> seconds, on the CPU.
-
-  float32 too, because a float16 cache that the CPU attends to is kept so.
-  """
+  """dtype -> bytes of cache in host memory -> seconds on the CPU, with the way
+  there and back that the engine takes; its caches there are float32."""
   if watch.machine.unified:
     return {}
   home = watch.machine.cpu
   return {
-    dtype: _decode_curve(watch, dtype, points.host_caches, home, watch.wall)
-    for dtype in ('bfloat16', 'float32')
+    'float32': _decode_curve(
+      watch, 'float32', points.host_caches, home, watch.wall, points.dtypes[0]
+    )
   }
 
 
 def _decode_curve(
-  watch: Stopwatch, dtype: str, sizes, home: Sharding, clock
+  watch: Stopwatch,
+  dtype: str,
+  sizes,
+  home: Sharding,
+  clock,
+  queries: str | None = None,
 ) -> Curve:
-  attend = jax.jit(opt.attend)
+  """`queries` are the dtype of queries and rows that come from the device and
+  go back to it; None where they are where the cache is."""
+  attend, machine = jax.jit(opt.attend), watch.machine
+  there = machine.device if queries else home
   found = []
   for first, (b, n, s, h) in enumerate(sizes):
     nbytes = 2 * math.prod((b, n, s, h)) * jnp.dtype(dtype).itemsize
@@ -153,13 +160,16 @@ def _decode_curve(
       {name: watch.numbers((b, n, s, h), dtype, home) for name in 'kv'}
       for _ in range(watch.copies(nbytes))
     ]
-    q = watch.numbers((b, n, 1, h), dtype, home)
+    q = watch.numbers((b, n, 1, h), queries or dtype, there)
     start = watch.integers([0] * b, home)
     position = watch.integers(s, home)
 
     def call(turn, q=q, caches=caches, start=start, position=position):
-      cache = caches[turn % len(caches)]
-      return attend(q, {'k': q, 'v': q}, cache, start, position)
+      cache, near = caches[turn % len(caches)], (q, q)
+      if there != home:
+        near = jax.device_put(jax.device_put(near, machine.pinned), home)
+      x = attend(near[0], {'k': near[1], 'v': near[1]}, cache, start, position)
+      return x if there == home else jax.device_put(x, there)
 
     found.append((nbytes, clock(call)))
   return Curve(tuple(found))
