@@ -339,7 +339,7 @@ def test_root_that_cannot_be_written(tmp_path):
 
 def test_cache_in_several_chunks(disk, monkeypatch):
   """Rows that were never written are not asked for."""
-  monkeypatch.setattr(disk_lib, '_CACHE_CHUNK_BYTES', 200)
+  monkeypatch.setattr(disk_lib, 'DISK_CACHE_CHUNK', 200)
   expected = value(*SHAPE)
   disk.allocate(KEY, spec(*SHAPE))
   disk.write(KEY, put({n: a[:, :, :3] for n, a in expected.items()}), At(2, 0))
