@@ -124,7 +124,8 @@ class Hardware:
     pack: bits -> numbers of new cache rows -> seconds.
     row_write: tier, 'device' or 'host' -> bytes of new rows -> seconds in
       which the device computes nothing else; 'cpu' likewise, where the CPU
-      attends beside an accelerator.
+      attends beside an accelerator; 'disk' -> bytes that are read and written
+      to change a row -> seconds of the disk.
     pick: logits [B, V] -> seconds to pick tokens.
     dispatch: of DISPATCHED, seconds of the dispatching thread.
     contention: link -> part of its busy time that computing loses.

@@ -150,14 +150,17 @@ class Charges:
     size = volume.cache_bytes(p.config, work, p.cache_packing, p.itemsize)
     return size // work.cache_len * (work.prompt_len if prefill else 1)
 
-  def disk_row_bytes(self, prefill: bool) -> int:
-    """Bytes that a disk is busy with to take new cache rows: a chunk of keys
-    and one of values are read and written to change one row."""
+  def disk_rows(self, prefill: bool) -> float:
+    """Seconds of the disk to take new cache rows: to change one, a chunk of
+    keys and one of values are read and written."""
     rows = self.row_bytes(prefill)
     if prefill or not rows:
-      return rows
+      return self.hardware.link('host_to_disk', rows)
     half = self.problem.cache_bytes // 2
-    return max(rows, 4 * min(half, DISK_CACHE_CHUNK))
+    nbytes = 4 * min(half, DISK_CACHE_CHUNK)
+    if curve := self.hardware.row_write.get('disk'):
+      return curve(nbytes)
+    return self.hardware.link('host_to_disk', nbytes)
 
   def hidden_bytes(self, prefill: bool) -> int:
     """Bytes of one batch's hidden states between two layers."""

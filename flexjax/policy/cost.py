@@ -218,7 +218,7 @@ def _cache(busy, charges: Charges, policy: Policy, share, prefill) -> None:
   elif not prefill:
     part = filled / work.cache_len
     _read(busy, charges, share, problem.cache_bytes, cells, part)
-  _write(busy, charges, share, rows, cells, charges.disk_row_bytes(prefill))
+  _write(busy, charges, share, rows, cells, charges.disk_rows(prefill))
   for tier in TIERS:
     on_host = policy.attention == 'host'
     seconds = charges.write_rows(tier, prefill, on_host)
@@ -248,10 +248,12 @@ def _read(busy, charges: Charges, share, size, times, of_disk=1.0) -> None:
   busy['dispatch'] += times * far * hardware.dispatch['read']
 
 
-def _write(busy, charges: Charges, share, size, times, on_disk=None) -> None:
-  """Adds writes of `size` bytes: `on_disk` are those that keep a disk busy."""
+def _write(busy, charges: Charges, share, size, times, disk=None) -> None:
+  """Adds writes of `size` bytes; `disk` are the disk's seconds, if not those
+  of its link."""
   hardware, far = charges.hardware, share['disk']
-  disk = hardware.link('host_to_disk', size if on_disk is None else on_disk)
+  if disk is None:
+    disk = hardware.link('host_to_disk', size)
   busy['host_to_disk'] += times * share['disk'] * disk
   if not charges.problem.unified:
     far += share['host']

@@ -70,7 +70,7 @@ def _measure(
     'host_attention': lambda: layers.host_attention(watch, todo),
     'expand': lambda: layers.expand(watch, todo),
     'pack': lambda: layers.pack(watch, todo),
-    'row_write': lambda: links.row_write(watch, todo),
+    'row_write': lambda: _row_write(watch, todo, disk_dir),
     'pick': lambda: layers.pick(watch, todo),
     'dispatch': lambda: dispatch.dispatch(watch),
     'contention': lambda: links.contention(watch, todo, disk_dir),
@@ -95,6 +95,13 @@ def _measure(
 def _links(watch: Stopwatch, todo, disk_dir: Path | None):
   disk = links.disk_links(watch, todo, disk_dir) if disk_dir else {}
   return disk | links.host_links(watch, todo)
+
+
+def _row_write(watch: Stopwatch, todo, disk_dir: Path | None):
+  curves = links.row_write(watch, todo)
+  if disk_dir:
+    curves['disk'] = links.disk_row_write(watch, todo, disk_dir)
+  return curves
 
 
 def _source(disk_dir: Path | None, quick: bool) -> str:
@@ -152,6 +159,10 @@ def _with_disk(machine: Machine, record: Hardware, disk_dir: Path) -> Hardware:
     record,
     source=f'{record.source}; disk: {_source(disk_dir, True)}',
     links={**record.links, **disk},
+    row_write={
+      **record.row_write,
+      'disk': links.disk_row_write(watch, todo, disk_dir),
+    },
     contention={
       **links.contention(watch, todo, disk_dir),
       **record.contention,

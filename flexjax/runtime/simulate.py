@@ -130,7 +130,7 @@ class Simulator:
     self._cache_bytes = plan.problem.cache_bytes
     both = (True, False)  # prefill, decode
     self._row_bytes = {p: self.charges.row_bytes(p) for p in both}
-    self._disk_row_bytes = {p: self.charges.disk_row_bytes(p) for p in both}
+    self._disk_rows = {p: self.charges.disk_rows(p) for p in both}
     self._hidden_bytes = {p: self.charges.hidden_bytes(p) for p in both}
     self._row_seconds = {
       (tier, p): self.charges.write_rows(tier, p, self._on_host)
@@ -239,14 +239,14 @@ class Simulator:
     self._now = self._on('dispatch', self._now, self.hardware.dispatch[what])
 
   def _copy(
-    self, link: str, ready: float, nbytes: float, charged: float | None = None
+    self, link: str, ready: float, nbytes: float, seconds: float | None = None
   ) -> float:
-    """Moves bytes; `charged` are those that keep the link busy, if more."""
-    charged = nbytes if charged is None else charged
-    seconds = self._links.get((link, charged))
+    """Moves bytes; takes `seconds`, if not what the link takes for them."""
     if seconds is None:
-      seconds = self.hardware.link(link, charged)
-      self._links[link, charged] = seconds
+      seconds = self._links.get((link, nbytes))
+    if seconds is None:
+      seconds = self.hardware.link(link, nbytes)
+      self._links[link, nbytes] = seconds
     return self._on(link, ready, seconds, nbytes=round(nbytes))
 
   def _fetch(self, key: Key, nbytes: float, whole: int) -> None:
@@ -274,10 +274,10 @@ class Simulator:
     self._now = max(self._now, self._read.pop(key, 0.0))
     return self._there[key]
 
-  def _put(self, key: Key, nbytes: int, on_disk: int | None = None) -> float:
+  def _put(self, key: Key, nbytes: int, disk: float | None = None) -> float:
     """Brings a result to its tier; returns when it is there.
 
-    `on_disk` are the bytes that keep a disk busy, if more.
+    `disk` are the disk's seconds, if not those of its link.
     """
     place, ready = self.places[key], self._output
     if place == 'device':
@@ -289,7 +289,7 @@ class Simulator:
     if place == 'disk':
       if len(self._disk_writes) == MAX_DISK_WRITES:
         self._now = max(self._now, self._disk_writes.pop(0))
-      ready = self._copy('host_to_disk', ready, nbytes, on_disk)
+      ready = self._copy('host_to_disk', ready, nbytes, disk)
       self._disk_writes.append(ready)
     return ready
 
@@ -404,7 +404,7 @@ class Simulator:
     if not self.problem.work.cache_len:
       return
     key, nbytes = ('cache', j, k), self._row_bytes[i == 0]
-    ready = self._put(key, nbytes, self._disk_row_bytes[i == 0])
+    ready = self._put(key, nbytes, self._disk_rows[i == 0])
     self.accounts.put(i, key, nbytes)
     if seconds := self._row_seconds[self.places[key], i == 0]:
       attended = self._on_host and not self.problem.unified

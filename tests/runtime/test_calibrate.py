@@ -86,7 +86,7 @@ def test_every_field_is_measured(measured):
   assert set(record.decode_attention) == set(record.mlp)
   assert record.host_attention == {}
   assert set(record.expand) == set(record.pack) == {'4', '8'}
-  assert set(record.row_write) == {'device', 'host'}
+  assert set(record.row_write) == {'device', 'host', 'disk'}
   assert set(record.dispatch) == set(DISPATCHED)
   assert set(record.contention) == {'disk_to_host'}
   assert 0 <= record.contention['disk_to_host'] <= 1

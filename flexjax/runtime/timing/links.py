@@ -1,5 +1,6 @@
 """Times what moves bytes, by the tiers that a run keeps them in."""
 
+import itertools
 import os
 import shutil
 import statistics
@@ -30,6 +31,7 @@ _ROW = 4096  # bytes of a row of what is moved
 _AT_ONCE = 3  # reads under way, as with a prefetch depth of two
 _LARGER = 30  # times that a cache is as large as the rows written to it
 _TURNS = 3  # runs of which the median counts
+_MOST_KEYS = 64  # each takes files of its own
 Start = Callable[[], Callable[[], None]]
 """Starts transfers; returns what waits for them."""
 
@@ -90,7 +92,7 @@ def disk_links(
   with _disk_tier(watch, disk_dir) as tier:
     for n, nbytes in enumerate(points.disk_bytes):
       if not n or nbytes <= room:
-        with _on_disk(watch, tier, nbytes) as start:
+        with _on_disk(watch, tier, nbytes, points.cold_bytes) as start:
           seconds = watch.wall(lambda _: start(), lambda wait: wait())
         reads.append((nbytes, seconds / _AT_ONCE))
     for n, nbytes in enumerate(points.disk_writes):
@@ -123,14 +125,19 @@ def _disk_tier(watch: Stopwatch, disk_dir: Path) -> Iterator[DiskTier]:
 
 
 @contextmanager
-def _on_disk(watch: Stopwatch, tier: DiskTier, nbytes: int) -> Iterator[Start]:
-  """Weights of `nbytes` each, and what starts to read several at once."""
-  keys: list[Key] = [('weights', n) for n in range(_AT_ONCE)]
+def _on_disk(
+  watch: Stopwatch, tier: DiskTier, nbytes: int, cold: int
+) -> Iterator[Start]:
+  """Weights of `nbytes` each, and what starts to read several at once: in turn
+  from `cold` bytes, so that they come from memory and not from a cache."""
+  count = min(max(_AT_ONCE, -(-cold // nbytes)), _MOST_KEYS)
+  keys: list[Key] = [('weights', n) for n in range(count)]
   for key in keys:
     _fill(watch, tier, key, (nbytes // _ROW, _ROW // 2))
+  turns = itertools.cycle(keys)
 
   def start():
-    pending = [tier.read(key) for key in keys]
+    pending = [tier.read(next(turns)) for _ in range(_AT_ONCE)]
 
     def wait():
       for read in pending:
@@ -158,6 +165,40 @@ def _disk_write(watch: Stopwatch, tier: DiskTier, nbytes: int) -> float:
   seconds = watch.wall(call, lambda _: tier.wait())
   tier.free(key)
   return seconds
+
+
+def disk_row_write(watch: Stopwatch, points: Points, disk_dir: Path) -> Curve:
+  """Bytes that are read and written to change a row -> seconds, of each of
+  several such writes under way."""
+  found = []
+  with _disk_tier(watch, disk_dir) as tier:
+    for half in points.rewritten:
+      with _rows_on_disk(watch, tier, half) as start:
+        seconds = watch.wall(lambda _: start(), lambda wait: wait())
+      found.append((4 * half, seconds / _AT_ONCE))
+  return Curve(tuple(found))
+
+
+@contextmanager
+def _rows_on_disk(
+  watch: Stopwatch, tier: DiskTier, half: int
+) -> Iterator[Start]:
+  """Caches with keys, and values, of `half` bytes; what starts to write a row
+  into several of them."""
+  shape = (8, 8, half // 2**14, 64)  # float32
+  keys: list[Key] = [('cache', 0, n) for n in range(_AT_ONCE)]
+  rows = {x: watch.numbers((8, 8, 1, 64), _ATTENDED) for x in 'kv'}
+  for key in keys:
+    _fill(watch, tier, key, shape, 'kv', _ATTENDED)
+
+  def start():
+    for key in keys:
+      tier.write(key, rows, At(CACHE_AXIS, 1))
+    return tier.wait
+
+  yield start
+  for key in keys:
+    tier.free(key)
 
 
 def row_write(watch: Stopwatch, points: Points) -> dict[str, Curve]:
@@ -217,9 +258,16 @@ def contention(
   if disk_dir is not None:
     with (
       _disk_tier(watch, disk_dir) as disk,
-      _on_disk(watch, disk, points.contending_bytes) as start,
+      _on_disk(
+        watch, disk, points.contending_bytes, points.cold_bytes
+      ) as start,
     ):
       found['disk_to_host'] = _lost(watch, call, start)
+    with (
+      _disk_tier(watch, disk_dir) as disk,
+      _rows_on_disk(watch, disk, points.rewritten[-1]) as start,
+    ):
+      found['host_to_disk'] = _lost(watch, call, start)
   if not watch.machine.unified:
     found |= _host_contention(watch, points, call)
   return found

@@ -27,6 +27,8 @@ class Points:
     link_bytes: of a transfer between host and device.
     disk_bytes: of a value that is read from disk; `disk_writes` of one that
       is written there.
+    rewritten: bytes of keys, and of values, on disk that a row is written to.
+    cold_bytes: on disk that reads take turns in: more than a cache holds.
     contending_bytes: of each transfer beside computing.
   """
 
@@ -45,6 +47,8 @@ class Points:
   link_bytes: tuple[int, ...] = ()
   disk_bytes: tuple[int, ...]
   disk_writes: tuple[int, ...]
+  rewritten: tuple[int, ...] = (256 * _KIB, 2 * _MIB)
+  cold_bytes: int
   contending_bytes: int
 
 
@@ -64,6 +68,7 @@ _CPU = Points(
   picked=(1, 16, 64),
   disk_bytes=(_MIB, 16 * _MIB, 128 * _MIB),
   disk_writes=(_MIB, 16 * _MIB, 64 * _MIB),
+  cold_bytes=1024 * _MIB,
   contending_bytes=64 * _MIB,
 )
 _GPU = Points(
@@ -85,6 +90,7 @@ _GPU = Points(
   link_bytes=(64 * _KIB, _MIB, 16 * _MIB, 128 * _MIB, 512 * _MIB),
   disk_bytes=(_MIB, 16 * _MIB, 128 * _MIB),
   disk_writes=(_MIB, 16 * _MIB, 64 * _MIB),
+  cold_bytes=1024 * _MIB,
   contending_bytes=64 * _MIB,
 )
 _QUICK_CPU = dataclasses.replace(
@@ -101,6 +107,7 @@ _QUICK_CPU = dataclasses.replace(
   picked=(1, 32),
   disk_bytes=(_MIB, 16 * _MIB),
   disk_writes=(_MIB, 16 * _MIB),
+  cold_bytes=256 * _MIB,
   contending_bytes=16 * _MIB,
 )
 _QUICK_GPU = dataclasses.replace(
@@ -119,6 +126,7 @@ _QUICK_GPU = dataclasses.replace(
   link_bytes=(64 * _KIB, 16 * _MIB, 128 * _MIB),
   disk_bytes=(_MIB, 16 * _MIB, 64 * _MIB),
   disk_writes=(_MIB, 16 * _MIB),
+  cold_bytes=256 * _MIB,
 )
 
 
