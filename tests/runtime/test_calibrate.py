@@ -88,7 +88,7 @@ def test_every_field_is_measured(measured):
   assert set(record.expand) == set(record.pack) == {'4', '8'}
   assert set(record.row_write) == {'device', 'host', 'disk'}
   assert set(record.dispatch) == set(DISPATCHED)
-  assert set(record.contention) == {'disk_to_host'}
+  assert set(record.contention) == {'disk_to_host', 'host_to_disk'}
   assert 0 <= record.contention['disk_to_host'] <= 1
   assert record.unified
   assert record.platform == 'cpu'
