@@ -133,7 +133,7 @@ def _on_disk(
   count = min(max(_AT_ONCE, -(-cold // nbytes)), _MOST_KEYS)
   keys: list[Key] = [('weights', n) for n in range(count)]
   for key in keys:
-    _fill(watch, tier, key, (nbytes // _ROW, _ROW // 2))
+    _fill(watch, tier, key, (nbytes // _ROW, _ROW // 4), 'kv')
   turns = itertools.cycle(keys)
 
   def start():

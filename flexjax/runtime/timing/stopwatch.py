@@ -83,7 +83,7 @@ class Stopwatch:
   def wall(
     self, call: Call, wait: Callable[[Any], Any] = jax.block_until_ready
   ) -> float:
-    """Returns the least seconds from a call until it is waited for."""
+    """Returns the mean seconds from a call until it is waited for."""
     n = itertools.count()
 
     def run() -> float:
@@ -92,15 +92,16 @@ class Stopwatch:
       return time.perf_counter() - began
 
     run()  # compiles
-    return self._least(run)
+    return self._mean(run)
 
-  def _least(self, run: Callable[[], float]) -> float:
-    least, began = math.inf, time.perf_counter()
-    for _ in range(_MOST_RUNS):
-      least = min(least, run())
+  def _mean(self, run: Callable[[], float]) -> float:
+    """Not the least: a long run has its share of bad moments, too."""
+    seconds, began = [run()], time.perf_counter()
+    while len(seconds) < _MOST_RUNS:
+      seconds.append(run())
       if time.perf_counter() - began > self._seconds:
         break
-    return max(least, _LEAST)
+    return max(statistics.fmean(seconds), _LEAST)
 
   def _after_head_start(self, run: Callable[[], None]) -> float:
     began = time.perf_counter()
