@@ -239,7 +239,7 @@ def test_amounts_rise(platform, quick):
   todo = points(platform, quick)
   for name in ('widths', 'rows', 'matrix_rows', 'picked', 'link_bytes'):
     assert list(getattr(todo, name)) == sorted(set(getattr(todo, name)))
-  for name in ('disk_bytes', 'disk_writes'):
+  for name in ('disk_widths', 'disk_writes'):
     assert list(getattr(todo, name)) == sorted(set(getattr(todo, name)))
   for name in ('caches', 'host_caches', 'new_rows', 'written'):
     sizes = [math.prod(shape) for shape in getattr(todo, name)]

@@ -58,10 +58,10 @@ def mlp_layer(
   watch: Stopwatch, dtype: str, width: int
 ) -> Callable[[int], Callable[[int], Array]]:
   """Returns a function from rows to a call that runs an MLP layer on them."""
-  config = _config(width)
-  compute = _compute(watch, config, dtype)
+  model = config(width)
+  compute = _compute(watch, model, dtype)
   copies = watch.copies(_mlp_bytes(width, dtype))
-  shapes = opt.weight_groups(config)[_MLP_GROUP]
+  shapes = opt.weight_groups(model)[_MLP_GROUP]
   weights = [
     {name: watch.numbers(shape, dtype) for name, shape in shapes.items()}
     for _ in range(copies)
@@ -182,8 +182,8 @@ def expand(watch: Stopwatch, points: Points) -> dict[str, Curve]:
 
 def _expand_curve(watch: Stopwatch, points: Points, bits: int) -> Curve:
   packing = Packing(bits)
-  config = _config(_PACKED_WIDTH)
-  compute = _compute(watch, config, _PACKED_DTYPE, packing)
+  model = config(_PACKED_WIDTH)
+  compute = _compute(watch, model, _PACKED_DTYPE, packing)
   found = []
   for rows in points.matrix_rows:
     packed = jax.device_put(_packed(rows, packing), watch.machine.device)
@@ -215,8 +215,8 @@ def pack(watch: Stopwatch, points: Points) -> dict[str, Curve]:
 def _pack_curve(watch: Stopwatch, points: Points, bits: int) -> Curve:
   found = []
   for b, n, t, h in points.new_rows:
-    config = _config(n * h, n)
-    codec = Codec(config, _PACKED_DTYPE, UNPACKED, Packing(bits))
+    model = config(n * h, n)
+    codec = Codec(model, _PACKED_DTYPE, UNPACKED, Packing(bits))
     rows = {name: watch.numbers((b, n, t, h), _PACKED_DTYPE) for name in 'kv'}
     waves = watch.numbers((n, h, keys.TERMS), 'float32')
     start, position = watch.integers([0] * b), watch.integers(0)
@@ -248,7 +248,8 @@ def pick(watch: Stopwatch, points: Points) -> Curve:
   return Curve(tuple(found))
 
 
-def _config(width: int, heads: int | None = None) -> ModelConfig:
+def config(width: int, heads: int | None = None) -> ModelConfig:
+  """Returns a model of one layer."""
   return ModelConfig(
     num_layers=1,
     num_heads=heads or width // 64,
@@ -260,10 +261,10 @@ def _config(width: int, heads: int | None = None) -> ModelConfig:
 
 def _compute(
   watch: Stopwatch,
-  config: ModelConfig,
+  model: ModelConfig,
   dtype: str,
   packing: Packing = UNPACKED,
 ) -> Compute:
-  codec = Codec(config, dtype, packing, UNPACKED)
+  codec = Codec(model, dtype, packing, UNPACKED)
   chunk_tokens = watch.machine.chunk_tokens
-  return Compute(opt.layers(config, dtype), codec, chunk_tokens)
+  return Compute(opt.layers(model, dtype), codec, chunk_tokens)

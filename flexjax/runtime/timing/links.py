@@ -6,6 +6,7 @@ import shutil
 import statistics
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,10 +17,11 @@ import jax.numpy as jnp
 from flexjax.hardware import Curve
 from flexjax.runtime import devices
 from flexjax.runtime.engine import CACHE_AXIS
+from flexjax.runtime.formats import Format
 from flexjax.runtime.timing import layers
 from flexjax.runtime.timing.points import Points
 from flexjax.runtime.timing.stopwatch import Stopwatch
-from flexjax.tiers.base import At, Spec, Tier
+from flexjax.tiers.base import At, Pending, Spec, Tier, spec_bytes
 from flexjax.tiers.device import DeviceTier
 from flexjax.tiers.disk import DiskTier
 from flexjax.tiers.host import HostTier
@@ -30,7 +32,7 @@ _ATTENDED = 'float32'  # of a cache that the CPU attends to
 _ROW = 4096  # bytes of a row of what is moved
 _AT_ONCE = 3  # reads under way, as with a prefetch depth of two
 _LARGER = 30  # times that a cache is as large as the rows written to it
-_TURNS = 3  # runs of which the median counts
+_TURNS = 7  # runs of which the median counts
 _MOST_KEYS = 64  # each takes files of its own
 Start = Callable[[], Callable[[], None]]
 """Starts transfers; returns what waits for them."""
@@ -90,11 +92,9 @@ def disk_links(
   reads, writes = [], []
   room = devices.free_disk(disk_dir) // (2 * _AT_ONCE)
   with _disk_tier(watch, disk_dir) as tier:
-    for n, nbytes in enumerate(points.disk_bytes):
-      if not n or nbytes <= room:
-        with _on_disk(watch, tier, nbytes, points.cold_bytes) as start:
-          seconds = watch.wall(lambda _: start(), lambda wait: wait())
-        reads.append((nbytes, seconds / _AT_ONCE))
+    for n, width in enumerate(points.disk_widths):
+      if not n or 12 * width * width * 4 <= room:
+        reads.append(_disk_read(watch, tier, width, points.cold_bytes))
     for n, nbytes in enumerate(points.disk_writes):
       if not n or nbytes <= room:
         writes.append((nbytes, _disk_write(watch, tier, nbytes)))
@@ -102,6 +102,44 @@ def disk_links(
     'disk_to_host': Curve(tuple(reads)),
     'host_to_disk': Curve(tuple(writes)),
   }
+
+
+def _disk_read(
+  watch: Stopwatch, tier: DiskTier, width: int, cold: int
+) -> tuple[int, float]:
+  """Bytes of a layer's weights of width D, and the seconds of one of many that
+  are read one after another, with as many under way as a run has."""
+  specs = Format('float32').specs(layers.config(width))[2:4]
+  size = sum(map(spec_bytes, specs)) // 2
+  count = min(max(2 * _AT_ONCE, cold // size), _MOST_KEYS)
+  keys: list[Key] = [('weights', n) for n in range(count)]
+  for n, key in enumerate(keys):
+    spec = specs[n % 2]
+    tier.allocate(key, spec)
+    tier.write(
+      key, {x: watch.numbers(s.shape, s.dtype) for x, s in spec.items()}
+    )
+    tier.wait()
+
+  def read_all(_) -> None:
+    under_way: deque = deque()
+    for key in keys:
+      under_way.append(tier.read(key))
+      if len(under_way) == _AT_ONCE:
+        _arrive(under_way.popleft())
+    for read in under_way:
+      _arrive(read)
+
+  seconds = watch.wall(read_all, lambda done: None)
+  for key in keys:
+    tier.free(key)
+    shutil.rmtree(tier.root / '.'.join(map(str, key)))
+  return size, seconds / count
+
+
+def _arrive(read: Pending) -> None:
+  jax.block_until_ready(read.result())
+  read.release()
 
 
 @contextmanager
@@ -141,8 +179,7 @@ def _on_disk(
 
     def wait():
       for read in pending:
-        jax.block_until_ready(read.result())
-        read.release()
+        _arrive(read)
 
     return wait
 

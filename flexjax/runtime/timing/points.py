@@ -25,8 +25,8 @@ class Points:
     written: (B, N, T, H) of new rows that are written.
     picked: rows of logits.
     link_bytes: of a transfer between host and device.
-    disk_bytes: of a value that is read from disk; `disk_writes` of one that
-      is written there.
+    disk_widths: D of layers whose weights are read from disk.
+    disk_writes: bytes of a value that is written there.
     rewritten: bytes of keys, and of values, on disk that a row is written to.
     cold_bytes: on disk that reads take turns in: more than a cache holds.
     contending_bytes: of each transfer beside computing.
@@ -45,7 +45,7 @@ class Points:
   written: tuple[tuple[int, int, int, int], ...]
   picked: tuple[int, ...]
   link_bytes: tuple[int, ...] = ()
-  disk_bytes: tuple[int, ...]
+  disk_widths: tuple[int, ...]
   disk_writes: tuple[int, ...]
   rewritten: tuple[int, ...] = (256 * _KIB, 2 * _MIB)
   cold_bytes: int
@@ -66,7 +66,7 @@ _CPU = Points(
   new_rows=((16, 12, 1, 64), (8, 12, 64, 64), (16, 12, 256, 64)),
   written=((4, 12, 1, 64), (64, 12, 1, 64), (16, 12, 64, 64)),
   picked=(1, 16, 64),
-  disk_bytes=(_MIB, 16 * _MIB, 128 * _MIB),
+  disk_widths=(256, 768, 2048),
   disk_writes=(_MIB, 16 * _MIB, 64 * _MIB),
   cold_bytes=1024 * _MIB,
   contending_bytes=64 * _MIB,
@@ -88,7 +88,7 @@ _GPU = Points(
   written=((16, 32, 1, 128), (64, 32, 1, 128), (16, 32, 64, 128)),
   picked=(1, 16, 64),
   link_bytes=(64 * _KIB, _MIB, 16 * _MIB, 128 * _MIB, 512 * _MIB),
-  disk_bytes=(_MIB, 16 * _MIB, 128 * _MIB),
+  disk_widths=(256, 768, 2048),
   disk_writes=(_MIB, 16 * _MIB, 64 * _MIB),
   cold_bytes=1024 * _MIB,
   contending_bytes=64 * _MIB,
@@ -105,7 +105,7 @@ _QUICK_CPU = dataclasses.replace(
   new_rows=((16, 12, 1, 64), (8, 12, 256, 64)),
   written=((16, 12, 1, 64), (8, 12, 64, 64)),
   picked=(1, 32),
-  disk_bytes=(_MIB, 16 * _MIB),
+  disk_widths=(256, 1024),
   disk_writes=(_MIB, 16 * _MIB),
   cold_bytes=256 * _MIB,
   contending_bytes=16 * _MIB,
@@ -124,7 +124,7 @@ _QUICK_GPU = dataclasses.replace(
   written=((16, 32, 1, 128), (8, 32, 64, 128)),
   picked=(1, 64),
   link_bytes=(64 * _KIB, 16 * _MIB, 128 * _MIB),
-  disk_bytes=(_MIB, 16 * _MIB, 64 * _MIB),
+  disk_widths=(256, 1024),
   disk_writes=(_MIB, 16 * _MIB),
   cold_bytes=256 * _MIB,
 )
