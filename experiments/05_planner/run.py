@@ -25,7 +25,7 @@ from flexjax import hardware
 from flexjax.config import Policy, SamplingParams, Split, parse_bytes
 from flexjax.errors import InputError
 from flexjax.runtime import devices, sources
-from flexjax.runtime import plan as plans
+from flexjax.runtime import planning as plans
 from flexjax.runtime.llm import LLM
 from flexjax.runtime.loaded import LoadedModel
 

@@ -21,7 +21,7 @@ from flexjax.cli import flags as shared
 from flexjax.config import Policy, format_bytes
 from flexjax.policy.placement import TIERS
 from flexjax.policy.plan import Plan
-from flexjax.runtime import plan as plans
+from flexjax.runtime import planning as plans
 from flexjax.runtime import simulate, timeline
 from flexjax.runtime.planner import Choice
 from flexjax.runtime.simulate import Prediction
