@@ -67,6 +67,15 @@ class Curve:
     return y0 * (y1 / y0) ** part
 
 
+def rising(points: Iterable[tuple[float, float]]) -> Curve:
+  """Returns a curve of measured points: more never takes less."""
+  found, least = [], 0.0
+  for amount, seconds in points:
+    least = max(least, seconds)
+    found.append((amount, least))
+  return Curve(tuple(found))
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
   """Curves by a size: of a model's width, or of its heads.

@@ -10,7 +10,7 @@ from jax import Array
 from jax.sharding import Sharding
 
 from flexjax.config import UNPACKED, ModelConfig, Packing
-from flexjax.hardware import Curve, Family
+from flexjax.hardware import Curve, Family, rising
 from flexjax.models import opt
 from flexjax.quant import keys
 from flexjax.runtime import sampling
@@ -51,7 +51,7 @@ def _mlp_curve(
     # Inner activations, in float32 and in the compute type.
     if not n or 2 * rows * 4 * width * 4 <= room:
       found.append((rows, watch.on_device(call(rows))))
-  return Curve(tuple(found))
+  return rising(found)
 
 
 def mlp_layer(
@@ -102,7 +102,7 @@ def prefill_attention(watch: Stopwatch, points: Points) -> dict[str, Family]:
   return {
     dtype: Family(
       tuple(
-        (h, Curve(tuple(one(dtype, *size, h) for size in sizes)))
+        (h, rising(one(dtype, *size, h) for size in sizes))
         for h, sizes in points.prompts.items()
       )
     )
@@ -172,7 +172,7 @@ def _decode_curve(
       return x if there == home else jax.device_put(x, there)
 
     found.append((nbytes, clock(call)))
-  return Curve(tuple(found))
+  return rising(found)
 
 
 def expand(watch: Stopwatch, points: Points) -> dict[str, Curve]:
@@ -192,7 +192,7 @@ def _expand_curve(watch: Stopwatch, points: Points, bits: int) -> Curve:
       return compute.expand({'fc1': packed})
 
     found.append((rows * _PACKED_WIDTH, watch.on_device(call)))
-  return Curve(tuple(found))
+  return rising(found)
 
 
 def _packed(rows: int, packing: Packing) -> np.ndarray:
@@ -228,7 +228,7 @@ def _pack_curve(watch: Stopwatch, points: Points, bits: int) -> Curve:
       return function(rows, waves, start, at)
 
     found.append((2 * b * n * t * h, watch.on_device(call)))  # keys and values
-  return Curve(tuple(found))
+  return rising(found)
 
 
 def pick(watch: Stopwatch, points: Points) -> Curve:
@@ -245,7 +245,7 @@ def pick(watch: Stopwatch, points: Points) -> Curve:
       return function(logits, params, step, mode='greedy')
 
     found.append((batch * _VOCAB, watch.on_device(call)))
-  return Curve(tuple(found))
+  return rising(found)
 
 
 def config(width: int, heads: int | None = None) -> ModelConfig:

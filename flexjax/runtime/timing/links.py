@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from flexjax.hardware import Curve
+from flexjax.hardware import Curve, rising
 from flexjax.runtime import devices
 from flexjax.runtime.engine import CACHE_AXIS
 from flexjax.runtime.formats import Format
@@ -66,8 +66,8 @@ def host_links(watch: Stopwatch, points: Points) -> dict[str, Curve]:
     tier.free(key)
   tier.close()
   return {
-    'host_to_device': Curve(tuple(up)),
-    'device_to_host': Curve(tuple(down)),
+    'host_to_device': rising(up),
+    'device_to_host': rising(down),
   }
 
 
@@ -99,8 +99,8 @@ def disk_links(
       if not n or nbytes <= room:
         writes.append((nbytes, _disk_write(watch, tier, nbytes)))
   return {
-    'disk_to_host': Curve(tuple(reads)),
-    'host_to_disk': Curve(tuple(writes)),
+    'disk_to_host': rising(reads),
+    'host_to_disk': rising(writes),
   }
 
 
@@ -213,7 +213,7 @@ def disk_row_write(watch: Stopwatch, points: Points, disk_dir: Path) -> Curve:
       with _rows_on_disk(watch, tier, half) as start:
         seconds = watch.wall(lambda _: start(), lambda wait: wait())
       found.append((4 * half, seconds / _AT_ONCE))
-  return Curve(tuple(found))
+  return rising(found)
 
 
 @contextmanager
@@ -276,7 +276,7 @@ def _write_curve(
     found.append((nbytes, watch.on_device(call, lambda _: tier.wait())))
     tier.free(key)
   tier.close()
-  return Curve(tuple(found))
+  return rising(found)
 
 
 def contention(
