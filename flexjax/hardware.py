@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from flexjax import atomic
 from flexjax.errors import InputError
 
 LINKS = ('disk_to_host', 'host_to_device', 'device_to_host', 'host_to_disk')
@@ -194,7 +195,7 @@ class Hardware:
     return any(name in self.mlp for name in _alike(dtype))
 
   def of(self, table: Mapping[str, Any], dtype: str) -> Any:
-    """Returns a table's entry for `dtype`, or for another of 16 bits.
+    """Returns a table's entry for `dtype`, or for one that may stand for it.
 
     Raises:
       InputError: there is none.
@@ -203,8 +204,8 @@ class Hardware:
       if name in table:
         return table[name]
     raise InputError(
-      f"the record of '{self.name}' says nothing of {dtype}; it knows "
-      f'{", ".join(self.mlp)}'
+      f"the record of '{self.name}' says nothing of {dtype} there; it knows "
+      f'{", ".join(table) or "nothing"}'
     )
 
   def to_json(self) -> dict[str, Any]:
@@ -259,14 +260,13 @@ def write(path: str | Path, hardware: Hardware) -> None:
   """
   path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  new = path.with_name(path.name + '.new')
-  new.write_text(json.dumps(hardware.to_json(), indent=2) + '\n')
-  new.replace(path)
+  atomic.write(path, [json.dumps(hardware.to_json(), indent=2), '\n'])
 
 
 def _alike(dtype: str) -> tuple[str, ...]:
-  others = _16_BIT if dtype in _16_BIT else ()
-  return (dtype, *others)
+  """What may stand for a dtype: 16 bits for each other; and, though it is too
+  fast, for float32."""
+  return (dtype, *_16_BIT)
 
 
 def _plain(value: Any) -> Any:

@@ -6,14 +6,16 @@ import importlib.util
 import itertools
 import json
 import math
+import os
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexjax import hardware
+from flexjax import atomic, hardware
 from flexjax.errors import InputError
 from flexjax.hardware import Curve, Family, Hardware
 
@@ -173,9 +175,12 @@ def test_a_dtype_of_16_bits_stands_for_the_other():
   assert record.of(record.mlp, 'float16') is record.mlp['bfloat16']
   half = Hardware.from_json(FIELDS | {'mlp': {'float16': {'768': LINE}}})
   assert half.knows('bfloat16')
-  assert not half.knows('float32')
-  with pytest.raises(InputError, match=r'a machine.*float32.*float16'):
-    half.of(half.mlp, 'float32')
+  # As fast as 16 bits is too fast, but better than no plan.
+  assert half.of(half.mlp, 'float32') is half.mlp['float16']
+  whole = Hardware.from_json(FIELDS | {'mlp': {'float32': {'768': LINE}}})
+  assert not whole.knows('float16')
+  with pytest.raises(InputError, match=r'a machine.*float16.*float32'):
+    whole.of(whole.mlp, 'float16')
 
 
 BROKEN = [
@@ -261,16 +266,36 @@ def test_a_write_that_fails_leaves_the_old_record(tmp_path, monkeypatch):
   record = Hardware.from_json(FIELDS)
   hardware.write(path, record)
 
-  def half(self, text):
-    with self.open('w') as f:
-      f.write(text[: len(text) // 2])
+  def full(self, target):
     raise OSError('disk full')
 
   with monkeypatch.context() as patch:
-    patch.setattr(Path, 'write_text', half)
+    patch.setattr(Path, 'replace', full)
     with pytest.raises(OSError, match='disk full'):
       hardware.write(path, Hardware.from_json(FIELDS | {'name': 'another'}))
+  assert [p.name for p in path.parent.iterdir()] == ['box.json']
   assert hardware.read(path) == record
+
+
+def test_what_a_link_points_to_is_written(tmp_path):
+  path, link = tmp_path / 'box.json', tmp_path / 'link'
+  link.symlink_to(path)
+  record = Hardware.from_json(FIELDS)
+  hardware.write(link, record)
+  assert link.is_symlink()
+  assert hardware.read(path) == record
+
+
+def test_a_pipe_is_written_to_and_stays(tmp_path):
+  pipe = tmp_path / 'pipe'
+  os.mkfifo(pipe)
+  got = []
+  reader = threading.Thread(target=lambda: got.append(pipe.read_text()))
+  reader.start()
+  atomic.write(pipe, ['a', 'b'])
+  reader.join()
+  assert got == ['ab']
+  assert pipe.is_fifo()
 
 
 # The records that ship.

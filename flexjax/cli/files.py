@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +65,7 @@ def check_writable(name: str, value: str | None) -> None:
       pass
     if new:
       path.unlink()
+    elif path.is_file() and not os.access(path.resolve().parent, os.W_OK):
+      raise PermissionError('its directory cannot be written')
   except OSError as e:
     raise InputError(f"--{name} '{path}' cannot be written: {e}") from None
-
-
-def write_whole(path: Path, text: str) -> None:
-  """Writes a file, whole or not at all."""
-  new = path.with_name(path.name + '.new')
-  new.write_text(text)
-  new.replace(path)

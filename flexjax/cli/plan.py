@@ -16,7 +16,8 @@ import rich.console
 import rich.table
 from absl import flags
 
-from flexjax.cli import files
+from flexjax import atomic
+from flexjax.cli import files, report
 from flexjax.cli import flags as shared
 from flexjax.config import Policy, format_bytes
 from flexjax.policy.placement import TIERS
@@ -66,7 +67,8 @@ def run() -> None:
     files.check_writable(name, FLAGS[name].value)
   arguments: dict[str, Any] = {name: FLAGS[name].value for name in _POLICY}
   model = FLAGS.model
-  choice = plans.plan(model, max_latency=FLAGS.max_latency, **arguments)
+  with report.calibrating() as arguments['on_progress']:
+    choice = plans.plan(model, max_latency=FLAGS.max_latency, **arguments)
   console = rich.console.Console()
   if not console.is_terminal:
     console = rich.console.Console(width=_WIDTH)
@@ -86,7 +88,7 @@ def show(console: rich.console.Console, choice: Choice) -> None:
   """Prints a plan, what it is expected to take, and what comes after it."""
   plan, predicted = choice.plan, choice.prediction
   work = plan.problem.work
-  console.print(f'on {choice.hardware.name}')
+  console.print(f'on {choice.hardware.name}', markup=False)
   console.print(command_line(plan), soft_wrap=True)
   rate = predicted.throughput_tokens_per_s
   console.print(
@@ -206,4 +208,4 @@ def _write(path: Path, choice: Choice, curve: list[Choice]) -> None:
   }
   if curve:
     fields['pareto'] = [to_json(c.plan, c.prediction) for c in curve]
-  files.write_whole(path, json.dumps(fields, indent=2) + '\n')
+  atomic.write(path, [json.dumps(fields, indent=2), '\n'])

@@ -12,7 +12,7 @@ import rich.progress
 import rich.table
 from absl import flags
 
-from flexjax.cli import files
+from flexjax import atomic
 from flexjax.runtime import timeline
 from flexjax.runtime.llm import LLM
 
@@ -52,6 +52,13 @@ def write_trace(llm: LLM) -> None:
 def progress(llm: LLM) -> Iterator[None]:
   """Shows a progress bar while the body runs; without a terminal it only says
   that this machine is measured, which nobody has asked for."""
+  with calibrating() as llm.on_progress:
+    yield
+
+
+@contextmanager
+def calibrating() -> Iterator[Callable[[str, int, int], None]]:
+  """Likewise, for whatever calls what it yields: (what, done, total)."""
   with bar() as on_progress:
 
     def told(what: str, done: int, total: int) -> None:
@@ -59,8 +66,7 @@ def progress(llm: LLM) -> Iterator[None]:
         print(_CALIBRATES, file=sys.stderr, flush=True)
       on_progress(what, done, total)
 
-    llm.on_progress = told
-    yield
+    yield told
 
 
 @contextmanager
@@ -104,5 +110,5 @@ def show(llm: LLM, figures: Mapping[str, Any] | None = None) -> None:
     fields = llm.stats.to_json()
     if figures:
       fields['eval'] = figures
-    files.write_whole(Path(FLAGS.stats), json.dumps(fields, indent=2) + '\n')
+    atomic.write(Path(FLAGS.stats), [json.dumps(fields, indent=2), '\n'])
   sys.stderr.flush()

@@ -129,15 +129,18 @@ class Charges:
   def attend_on_host(self) -> float:
     """CPU seconds of decode attention for one layer and batch."""
     problem, hardware = self.problem, self.hardware
-    curve = hardware.of(hardware.host_attention, problem.cache_dtype)
+    table = hardware.host_attention
+    if problem.unified:  # the same cores, the same memory
+      table = hardware.decode_attention
+    curve = hardware.of(table, problem.cache_dtype)
     return curve(problem.cache_bytes)
 
   def write_rows(self, tier: str, prefill: bool, on_host: bool) -> float:
     """Seconds to put new cache rows in their place, in a tier: the device's,
     or the CPU's if it attends to the cache."""
-    if tier == 'disk':
-      return 0.0
     rates = self.hardware.row_write
+    if tier == 'disk':  # copied, so that the device may go on
+      tier = 'device'
     if on_host and not self.problem.unified:
       tier = 'cpu' if 'cpu' in rates else 'host'
     return rates[tier](self.row_bytes(prefill))

@@ -126,8 +126,10 @@ def load(
   for name, value in (('batch_size', batch_size), ('num_batches', num_batches)):
     if value is not None and value < 1:
       raise InputError(f'{name} must be at least 1, got {value}')
-  if max_latency is not None and not max_latency > 0:
-    raise InputError(f'max_latency must be positive, got {max_latency}')
+  if max_latency is not None and not 0 < max_latency < math.inf:
+    raise InputError(
+      f'max_latency must be a positive number, got {max_latency}'
+    )
   budgets = {
     'device': parse_bytes(device_memory),
     'host': parse_bytes(host_memory),
@@ -157,8 +159,9 @@ class LLM:
     tokenizer: None for a preset with random weights.
     stats: figures of the latest `generate`, `stream` or `score`.
     on_progress: called as on_progress(what, done, total) while work goes on;
-      `what` is 'profile' (layers, before packing), 'load' (weight groups),
-      'generate' or 'score' (tokens).
+      `what` is 'calibrate' (steps of measuring this machine), 'profile'
+      (layers, before packing), 'load' (weight groups), 'generate' or 'score'
+      (tokens).
     record: whether `generate`, `stream` and `score` record a timeline.
   """
 

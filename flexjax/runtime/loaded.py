@@ -133,10 +133,19 @@ class LoadedModel:
     return self._choose(request, False, None).plan.problem.work
 
   def _find_record(self, on_progress: OnProgress) -> None:
-    if self._record is None:
-      root = self.weights.root
+    if self._record is not None:
+      return
+    root = self.weights.root
+    try:
       self._record, _ = calibrate.load_or_measure(
         self.machine, root, on_progress
+      )
+    except InputError:
+      if root != self.source.path:
+        raise
+      # A folder that can only be read is a source, and no disk tier.
+      self._record, _ = calibrate.load_or_measure(
+        self.machine, None, on_progress
       )
 
   def _choose(
@@ -173,6 +182,17 @@ class LoadedModel:
       ),
       cache_bits=cache_bits,
     )
+
+  def _disk_budget(self, form: Format) -> int:
+    """Bytes of disk: those that are free, and those that are this model's."""
+    assert self._record is not None
+    if 'disk_to_host' not in self._record.links:
+      return 0
+    free = self.weights.disk_budget(form)
+    if self.store is None or 'disk' not in self.store.tiers:
+      return free
+    sizes = self.store.tiers['disk'].sizes
+    return free + sum(n for key, n in sizes.items() if key[0] != 'weights')
 
   def _forms(self) -> list[Format]:
     """Formats that the weights may have."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,34 +116,43 @@ def _prepare(
       raise InputError(f'{name} must be at least {least}, got {value}')
   if max_latency is not None and not 0 < max_latency < math.inf:
     raise InputError(f'max_latency must be positive, got {max_latency}')
-  config = _config(model)
+  config, held = _model(model)
   if prompt_len + gen_len > config.max_positions:
     raise InputError(
       f'{prompt_len} prompt tokens and {gen_len} new ones exceed the context '
       f'of {config.max_positions}'
     )
+  size, batches = flags.pop('batch_size', None), flags.pop('num_batches', None)
+  if num_prompts is not None:  # as a run does
+    size = size and min(size, num_prompts)
+    batches = batches and min(batches, math.ceil(num_prompts / (size or 1)))
   request = Request(
     prompt_len=prompt_len,
     gen_len=gen_len,
     prompts=num_prompts,
-    batch_size=flags.pop('batch_size', None),
-    num_batches=flags.pop('num_batches', None),
+    batch_size=size,
+    num_batches=batches,
     max_latency=max_latency,
   )
-  return _planner(config, hardware, **flags), request
+  return _planner(config, held, hardware, **flags), request
 
 
-def _config(model: str | Path | None) -> ModelConfig:
+def _model(model: str | Path | None) -> tuple[ModelConfig, Format | None]:
+  """Returns a model's configuration, and the format that settles its weights
+  where it is a converted folder."""
   name = str(model).lower().rsplit('/', 1)[-1]
   if name in presets.NAMES and not Path(str(model)).is_dir():
-    return presets.preset(name)
-  return sources.find_source(model).config
+    return presets.preset(name), None
+  source = sources.find_source(model)
+  return source.config, source.held.form if source.held else None
 
 
 def _planner(
   config: ModelConfig,
+  held: Format | None,
   hardware: str | Path | Hardware | None,
   *,
+  on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
   dtype: str = 'auto',
   weight_bits: int | str | None = None,
   cache_bits: int | str | None = None,
@@ -166,10 +175,12 @@ def _planner(
     **({'attention': None} | policy),
   )
   device, host = parse_bytes(device_memory), parse_bytes(host_memory)
-  record = _record(hardware, device, host, disk_dir)
+  record = _record(hardware, device, host, disk_dir, on_progress)
   disk = record.disk_space
   if disk_space is not None:
     disk = 0 if str(disk_space) == '0' else parse_bytes(disk_space) or 0
+  if disk and 'disk_to_host' not in record.links:
+    raise InputError(f"the record of '{record.name}' says nothing of a disk")
   budgets = {
     'device': device or record.device_memory,
     'host': host or record.host_memory,
@@ -178,7 +189,7 @@ def _planner(
   return Planner(
     config,
     mine,
-    _forms(config, record, dtype, mine, allow_lossy),
+    [held] if held else _forms(config, record, dtype, mine, allow_lossy),
     record,
     Machine(
       unified=record.unified,
@@ -193,14 +204,14 @@ def _planner(
   )
 
 
-def _record(hardware, device, host, disk_dir) -> Hardware:
+def _record(hardware, device, host, disk_dir, on_progress) -> Hardware:
   if isinstance(hardware, Hardware):
     return hardware
   if hardware is not None:
     return records.read(hardware)
   devices.limit(device, host)
   root = Path(disk_dir) if disk_dir else None
-  record, _ = calibrate.load_or_measure(devices.machine(), root)
+  record, _ = calibrate.load_or_measure(devices.machine(), root, on_progress)
   return record
 
 

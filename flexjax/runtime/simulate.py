@@ -404,9 +404,13 @@ class Simulator:
     if not self.problem.work.cache_len:
       return
     key, nbytes = ('cache', j, k), self._row_bytes[i == 0]
+    place = self.places[key]
+    seconds = self._row_seconds[place, i == 0]
+    if place == 'disk':
+      self._output = self._on('device', self._output, seconds, 'write rows')
     ready = self._put(key, nbytes, self._disk_rows[i == 0])
     self.accounts.put(i, key, nbytes)
-    if seconds := self._row_seconds[self.places[key], i == 0]:
+    if place != 'disk' and seconds:
       attended = self._on_host and not self.problem.unified
       unit = 'cpu' if attended else 'device'
       ready = self._on(unit, ready, seconds, 'write rows')

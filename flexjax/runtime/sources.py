@@ -1,21 +1,17 @@
 """A model's name -> its configuration, weights and tokenizer.
 
 Hides whether a model is the bundled one, a directory, a hub id, a preset with
-random weights, or any of these in the dtype that suits the machine.
+random weights.
 """
 
 import dataclasses
-import time
 from pathlib import Path
-
-import jax
-import numpy as np
 
 import flexjax.models
 from flexjax.config import DTYPE_BYTES, ModelConfig
 from flexjax.data.tokenizer import Tokenizer
 from flexjax.errors import InputError
-from flexjax.models import hub, opt, presets
+from flexjax.models import hub, presets
 from flexjax.models.checkpoint import Checkpoint
 from flexjax.models.hf_config import read_config
 from flexjax.models.random_weights import RandomWeights
@@ -108,27 +104,6 @@ def _tokenizer(path: Path) -> Tokenizer | None:
   if any((path / name).exists() for name in named):
     return Tokenizer.open(path)
   return None
-
-
-def dtypes_by_speed(config: ModelConfig, rows: int) -> list[str]:
-  """Measures which dtype this CPU multiplies `rows` tokens fastest in.
-
-  Decides `--dtype=auto` on a CPU; takes a fraction of a second.
-  """
-  shape = (min(config.ffn_size, 4096), min(config.hidden_size, 2048))
-  seconds = {}
-  for dtype in ('float32', 'bfloat16'):
-    w = jax.device_put(np.ones(shape, np.dtype(jax.numpy.dtype(dtype))))
-    x = jax.device_put(np.ones((rows, shape[1]), w.dtype))
-    product = jax.jit(opt.linear)
-    jax.block_until_ready(product(x, w))
-    runs = []
-    for _ in range(5):
-      began = time.perf_counter()
-      jax.block_until_ready(product(x, w))
-      runs.append(time.perf_counter() - began)
-    seconds[dtype] = min(runs)
-  return sorted(seconds, key=lambda dtype: seconds[dtype])
 
 
 def check_dtype(dtype: str) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from flexjax import atomic
 from flexjax.hardware import LINKS
 
 TRACKS = (
@@ -59,16 +60,16 @@ def write(path: str | Path, spans: Iterable[Span], title: str) -> None:
   Raises:
     OSError: it cannot be written.
   """
-  path = Path(path)
-  new = path.with_name(path.name + '.new')
-  with open(new, 'w', encoding='utf-8') as file:
-    file.write('{"displayTimeUnit": "ms", "traceEvents": [')
-    before = '\n'
-    for event in _events(spans, TITLES.index(title)):
-      file.write(before + json.dumps(event))
-      before = ',\n'
-    file.write('\n]}\n')
-  new.replace(path)
+  atomic.write(path, _text(spans, title))
+
+
+def _text(spans: Iterable[Span], title: str) -> Iterator[str]:
+  yield '{"displayTimeUnit": "ms", "traceEvents": ['
+  before = '\n'
+  for event in _events(spans, TITLES.index(title)):
+    yield before + json.dumps(event)
+    before = ',\n'
+  yield '\n]}\n'
 
 
 def _events(spans: Iterable[Span], process: int) -> Iterator[dict[str, Any]]:

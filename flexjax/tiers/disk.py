@@ -143,8 +143,10 @@ class DiskTier(Tier):
     self.count_host()
 
   def _written(self, write: Future, nbytes: int) -> None:
-    write.result()
-    self._writing -= nbytes
+    try:
+      write.result()
+    finally:
+      self._writing -= nbytes
 
   def count_host(self) -> None:
     """Takes note of the host memory that is held now."""

@@ -1,0 +1,28 @@
+"""Files that are written whole or not at all."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def write(path: str | Path, parts: Iterable[str]) -> None:
+  """Writes a text file; one that was there stays until the new one is whole.
+
+  What a link points to is written; what is no file, such as a device or a
+  pipe, is written to as it is.
+
+  Raises:
+    OSError: it cannot be written.
+  """
+  path = Path(path).resolve()
+  if path.exists() and not path.is_file():
+    with open(path, 'w', encoding='utf-8') as file:
+      file.writelines(parts)
+    return
+  new = path.with_name(path.name + '.new')
+  try:
+    with open(new, 'w', encoding='utf-8') as file:
+      file.writelines(parts)
+    new.replace(path)
+  except BaseException:
+    new.unlink(missing_ok=True)
+    raise
