@@ -52,26 +52,25 @@ class Charges:
       if not (on_host and not prefill):
         seconds += self._attention(prefill)
       return seconds
-    if work.gen_len:
-      logits = work.batch_size * c.vocab_size
-      last = self._product(c.vocab_size * c.embed_size, work.batch_size)
-      return last + self.hardware.pick(logits)
-    tokens = work.batch_size * work.prompt_len
-    logits = tokens * c.vocab_size
-    return self._product(
-      c.vocab_size * c.embed_size, tokens
-    ) + self.hardware.pick(logits)
+    # The last position; to score, every one.
+    rows = work.batch_size * (1 if work.gen_len else work.prompt_len)
+    products = self._product(c.vocab_size * c.embed_size, rows)
+    return products + self.hardware.pick(rows * c.vocab_size)
 
   def _dense(self, parameters: int, prefill: bool) -> float:
     """Products of a batch with matrices; a prefill goes in chunks of rows."""
+    work, chunks = self.problem.work, self._chunks(prefill)
+    tokens = work.batch_size * (work.prompt_len if prefill else 1)
+    return chunks * self._product(parameters, tokens // chunks)
+
+  def _chunks(self, prefill: bool) -> int:
+    """Parts in which a batch goes through a layer function."""
     work = self.problem.work
     if not prefill:
-      return self._product(parameters, work.batch_size)
-    rows = volume.chunk_rows(
+      return 1
+    return work.batch_size // volume.chunk_rows(
       work.batch_size, work.prompt_len, self.problem.chunk_tokens
     )
-    chunks = work.batch_size // rows
-    return chunks * self._product(parameters, rows * work.prompt_len)
 
   def _product(self, parameters: int, rows: int) -> float:
     """An MLP layer of width D has 8 D^2 parameters; others have their part."""
@@ -118,13 +117,7 @@ class Charges:
 
   def expand_in_layer(self, kind: str, prefill: bool) -> float:
     """The same inside a layer function, once for every chunk of rows."""
-    work, chunks = self.problem.work, 1
-    if prefill:
-      rows = volume.chunk_rows(
-        work.batch_size, work.prompt_len, self.problem.chunk_tokens
-      )
-      chunks = work.batch_size // rows
-    return chunks * self.expand(kind)
+    return self._chunks(prefill) * self.expand(kind)
 
   def attend_on_host(self) -> float:
     """CPU seconds of decode attention for one layer and batch."""

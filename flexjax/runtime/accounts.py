@@ -7,6 +7,7 @@ counts.
 
 from flexjax.config import MAX_DISK_WRITES
 from flexjax.hardware import LINKS
+from flexjax.policy import volume
 from flexjax.policy.placement import total
 from flexjax.policy.plan import Plan
 from flexjax.policy.problem import CLASSES
@@ -89,12 +90,8 @@ class Accounts:
 
   def expand(self, kind: str, sign: int) -> None:
     """A layer's packed matrices are there expanded, or no longer."""
-    c = self.problem.config
-    matrices = {
-      'attention': 4 * c.hidden_size**2,
-      'mlp': 2 * c.hidden_size * c.ffn_size,
-    }
-    nbytes = matrices[kind] * self.problem.itemsize
+    p = self.problem
+    nbytes = volume.expanded_bytes(p.config, kind, p.packing, p.itemsize)
     if sign > 0:
       self._borrow(nbytes)
     else:

@@ -20,7 +20,6 @@ from flexjax.runtime.timeline import Span
 from flexjax.schedule.zigzag import ORDERS, Action, Shape, actions
 from flexjax.typing import Key
 
-PHASES = ('prefill', 'decode')
 _STEPS = 4  # prefill, a first decode step, and two to see how long one takes
 _DISK_STEPS = 8  # a queue of writes takes longer to fill
 

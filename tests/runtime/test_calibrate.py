@@ -12,6 +12,7 @@ from flexjax import hardware
 from flexjax.errors import InputError
 from flexjax.hardware import DISPATCHED, Curve, Family, Hardware
 from flexjax.models import opt
+from flexjax.policy.charges import computed_scores
 from flexjax.runtime import calibrate, devices
 from flexjax.runtime.timing import layers
 from flexjax.runtime.timing.points import points
@@ -228,9 +229,9 @@ def test_memories_are_those_of_now(cache, asked, machine):
 
 def test_scores_are_those_that_are_computed():
   c = opt.QUERY_CHUNK
-  assert layers._scores(64) == 64 * 64
-  assert layers._scores(2 * c) == c * c + c * 2 * c
-  assert layers._scores(c + 8) == c * c + 8 * (c + 8)
+  assert computed_scores(64) == 64 * 64
+  assert computed_scores(2 * c) == c * c + c * 2 * c
+  assert computed_scores(c + 8) == c * c + 8 * (c + 8)
 
 
 @pytest.mark.parametrize('quick', [False, True])
@@ -245,7 +246,7 @@ def test_amounts_rise(platform, quick):
     sizes = [math.prod(shape) for shape in getattr(todo, name)]
     assert sizes == sorted(set(sizes))
   for sizes in todo.prompts.values():
-    scores = [b * n * layers._scores(t) for b, n, t in sizes]
+    scores = [b * n * computed_scores(t) for b, n, t in sizes]
     assert scores == sorted(set(scores))
 
 

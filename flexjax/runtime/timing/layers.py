@@ -12,6 +12,7 @@ from jax.sharding import Sharding
 from flexjax.config import UNPACKED, ModelConfig, Packing
 from flexjax.hardware import Curve, Family, rising
 from flexjax.models import opt
+from flexjax.policy.charges import computed_scores
 from flexjax.quant import keys
 from flexjax.runtime import sampling
 from flexjax.runtime.codec import Codec
@@ -97,7 +98,7 @@ def prefill_attention(watch: Stopwatch, points: Points) -> dict[str, Family]:
     seconds = watch.on_device(
       lambda _: attend(q, {'k': k, 'v': v}, None, start, position)
     )
-    return b * n * _scores(t), seconds
+    return b * n * computed_scores(t), seconds
 
   return {
     dtype: Family(
@@ -108,13 +109,6 @@ def prefill_attention(watch: Stopwatch, points: Points) -> dict[str, Family]:
     )
     for dtype in points.dtypes
   }
-
-
-def _scores(t: int) -> int:
-  """Scores of a head that are computed for `t` tokens without a cache."""
-  ends = [*range(opt.QUERY_CHUNK, t, opt.QUERY_CHUNK), t]
-  rows = np.diff(ends, prepend=0)
-  return int((rows * np.array(ends)).sum())
 
 
 def decode_attention(watch: Stopwatch, points: Points) -> dict[str, Curve]:
