@@ -139,6 +139,8 @@ class Hardware:
     pick: logits [B, V] -> seconds to pick tokens.
     dispatch: of DISPATCHED, seconds of the dispatching thread.
     contention: link -> part of its busy time that computing loses.
+    alone: link -> bytes of a transfer -> seconds where no other is under way;
+      may lack any, which then take what `links` says.
   """
 
   name: str
@@ -159,6 +161,7 @@ class Hardware:
   pick: Curve
   dispatch: Mapping[str, float]
   contention: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  alone: Mapping[str, Curve] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self) -> None:
     if self.platform not in PLATFORMS:
@@ -179,15 +182,26 @@ class Hardware:
     ):
       if missing := [key for key in wanted if key not in field]:
         raise InputError(f'{name} of {self.name} lacks {", ".join(missing)}')
-    for name, table in ('links', self.links), ('contention', self.contention):
+    tables: dict[str, Mapping[str, Any]] = {
+      'links': self.links,
+      'contention': self.contention,
+      'alone': self.alone,
+    }
+    for name, table in tables.items():
       if unknown := sorted(set(table) - set(LINKS)):
         raise InputError(
           f"{name} of {self.name}: '{unknown[0]}' is none of {', '.join(LINKS)}"
         )
 
-  def link(self, name: str, nbytes: float) -> float:
-    """Returns the seconds of one transfer; none where no link is crossed."""
+  def link(self, name: str, nbytes: float, *, alone: bool = False) -> float:
+    """Returns the seconds of one transfer; none where no link is crossed.
+
+    Args:
+      alone: no other transfer is under way on this link.
+    """
     curve = self.links.get(name)
+    if alone:
+      curve = self.alone.get(name, curve)
     return curve(nbytes) if curve and nbytes else 0.0
 
   def knows(self, dtype: str) -> bool:
@@ -224,7 +238,7 @@ class Hardware:
     names = {f.name for f in _FIELDS}
     if unknown := sorted(fields.keys() - names):
       raise InputError(f"unknown field '{unknown[0]}'")
-    if missing := sorted(names - fields.keys() - {'contention'}):
+    if missing := sorted(names - fields.keys() - _OPTIONAL):
       raise InputError(f"field '{missing[0]}' is missing")
     values = {}
     for name, value in fields.items():
@@ -236,6 +250,7 @@ class Hardware:
 
 
 _FIELDS = dataclasses.fields(Hardware)
+_OPTIONAL = {'contention', 'alone'}
 
 
 def read(path: str | Path) -> Hardware:
@@ -340,4 +355,5 @@ _READ: dict[str, Any] = {
   'pick': _curve,
   'dispatch': _table(_number),
   'contention': _table(_number),
+  'alone': _table(_curve),
 }

@@ -23,6 +23,8 @@ CONFIGS = Path(__file__).parent.parent / 'configs' / 'hardware'
 RECORDS = sorted(CONFIGS.glob('*.json'))
 MISSING = object()
 
+OPTIONAL = ('contention', 'alone')
+
 LINE = [[1, 1e-5], [1000, 1e-3]]
 FIELDS = {
   'name': 'a machine',
@@ -43,6 +45,7 @@ FIELDS = {
   'pick': LINE,
   'dispatch': {'compute': 1e-4, 'read': 5e-5, 'write': 0},
   'contention': {'host_to_device': 0.1},
+  'alone': {'disk_to_host': LINE},
 }
 
 POSITIVE = st.floats(1e-9, 1e12)
@@ -153,9 +156,20 @@ def test_counts_that_are_close_stay_apart_in_json():
   assert Hardware.from_json(fields).to_json()['mlp']['float32'] == sizes
 
 
-def test_contention_may_be_left_out():
-  fields = {k: v for k, v in FIELDS.items() if k != 'contention'}
-  assert Hardware.from_json(fields).contention == {}
+@pytest.mark.parametrize('name', OPTIONAL)
+def test_some_fields_may_be_left_out(name):
+  fields = {k: v for k, v in FIELDS.items() if k != name}
+  assert getattr(Hardware.from_json(fields), name) == {}
+
+
+def test_a_lone_transfer_may_take_its_own_time():
+  slow = {'disk_to_host': [[10, 0.5]]}
+  record = Hardware.from_json(FIELDS | {'alone': slow})
+  assert record.link('disk_to_host', 10, alone=True) == 0.5
+  for link in ('disk_to_host', 'host_to_disk'):
+    usual = record.link(link, 1000)
+    alone = record.link(link, 1000, alone=link == 'host_to_disk')
+    assert usual == alone == 1e-3
 
 
 def test_links_are_there_where_there_is_something_to_link():
@@ -184,7 +198,7 @@ def test_a_dtype_of_16_bits_stands_for_the_other():
 
 
 BROKEN = [
-  *((name, MISSING) for name in FIELDS if name != 'contention'),
+  *((name, MISSING) for name in FIELDS if name not in OPTIONAL),
   *((name, None) for name in FIELDS),
   *((name, 'nonsense') for name in FIELDS if name not in ('name', 'source')),
   ('name', 3),
@@ -201,6 +215,7 @@ BROKEN = [
   ('links', {k: [[1, 0]] for k in hardware.LINKS}),
   ('contention', {'host_to_devise': 0.1}),
   ('contention', {'host_to_device': -0.1}),
+  ('alone', {'disk_to_device': LINE}),
   ('mlp', {'float32': LINE}),
   ('mlp', {'float32': {}}),
   ('mlp', {'float32': {'wide': LINE}}),

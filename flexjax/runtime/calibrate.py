@@ -19,7 +19,7 @@ import jax
 
 from flexjax import hardware
 from flexjax.errors import InputError
-from flexjax.hardware import Hardware
+from flexjax.hardware import Curve, Hardware
 from flexjax.runtime import devices
 from flexjax.runtime.devices import Machine
 from flexjax.runtime.timing import dispatch, layers, links
@@ -75,10 +75,11 @@ def _measure(
     'dispatch': lambda: dispatch.dispatch(watch),
     'contention': lambda: links.contention(watch, todo, disk_dir),
   }
-  fields = {}
+  fields: dict[str, Any] = {}
   for done, (name, stage) in enumerate(stages.items()):
     on_progress('calibrate', done, len(stages))
     fields[name] = stage()
+  fields['links'], fields['alone'] = fields['links']
   on_progress('calibrate', len(stages), len(stages))
   return Hardware(
     name=_name(machine),
@@ -93,8 +94,11 @@ def _measure(
 
 
 def _links(watch: Stopwatch, todo, disk_dir: Path | None):
-  disk = links.disk_links(watch, todo, disk_dir) if disk_dir else {}
-  return disk | links.host_links(watch, todo)
+  disk: dict[str, Curve] = {}
+  alone: dict[str, Curve] = {}
+  if disk_dir:
+    disk, alone = links.disk_links(watch, todo, disk_dir)
+  return disk | links.host_links(watch, todo), alone
 
 
 def _row_write(watch: Stopwatch, todo, disk_dir: Path | None):
@@ -154,11 +158,12 @@ def _with_disk(machine: Machine, record: Hardware, disk_dir: Path) -> Hardware:
   """Measures the disk that a record says nothing of."""
   todo = points(machine.platform, quick=True)
   watch = Stopwatch(machine, todo.seconds)
-  disk = links.disk_links(watch, todo, disk_dir)
+  disk, alone = links.disk_links(watch, todo, disk_dir)
   return dataclasses.replace(
     record,
     source=f'{record.source}; disk: {_source(disk_dir, True)}',
     links={**record.links, **disk},
+    alone={**record.alone, **alone},
     row_write={
       **record.row_write,
       'disk': links.disk_row_write(watch, todo, disk_dir),

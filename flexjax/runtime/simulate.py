@@ -244,7 +244,8 @@ class Simulator:
     if seconds is None:
       seconds = self._links.get((link, nbytes))
     if seconds is None:
-      seconds = self.hardware.link(link, nbytes)
+      alone = not self.policy.overlap
+      seconds = self.hardware.link(link, nbytes, alone=alone)
       self._links[link, nbytes] = seconds
     return self._on(link, ready, seconds, nbytes=round(nbytes))
 

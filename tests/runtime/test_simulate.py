@@ -181,6 +181,16 @@ def test_contention_is_lost_to_computing():
   assert step(lost) - step(alone) == pytest.approx(expected, rel=0.1)
 
 
+def test_a_lone_read_takes_its_own_time():
+  slow = {'disk_to_host': rate(1e9)}
+  hardware = dataclasses.replace(made(disk_to_host=1e11), alone=slow)
+  ahead, lone = (
+    step(predict(plan({'weights': DISK, 'overlap': overlap}), hardware))
+    for overlap in (True, False)
+  )
+  assert lone - ahead == pytest.approx(WEIGHTS / 1e9, rel=0.1)
+
+
 # The same charges as in the cost model.
 
 PLACES = {

@@ -1,5 +1,6 @@
 """Times what moves bytes, by the tiers that a run keeps them in."""
 
+import functools
 import itertools
 import os
 import shutil
@@ -33,6 +34,7 @@ _ROW = 4096  # bytes of a row of what is moved
 _AT_ONCE = 3  # reads under way, as with a prefetch depth of two
 _LARGER = 30  # times that a cache is as large as the rows written to it
 _TURNS = 7  # runs of which the median counts
+_READ_PATIENCE = 5  # times as long as others: reads of files vary most
 _MOST_KEYS = 64  # each takes files of its own
 Start = Callable[[], Callable[[], None]]
 """Starts transfers; returns what waits for them."""
@@ -80,35 +82,39 @@ def _one_more(watch: Stopwatch, transfer: Callable[[], object]) -> float:
 
 def disk_links(
   watch: Stopwatch, points: Points, disk_dir: Path
-) -> dict[str, Curve]:
-  """Seconds of reads and writes below `disk_dir`, which is left as it was.
+) -> tuple[dict[str, Curve], dict[str, Curve]]:
+  """Seconds of reads and writes below `disk_dir`, which is left as it was; and
+  of reads when no other is under way.
 
-  A read ends where a run computes with it. What has just been written is read,
-  so the page cache helps as much as it would a run whose disk tier fits in it.
+  A read ends where a run computes with it. Files are in the page cache, as in
+  a run whose disk tier fits in it, and got there by being read: what has just
+  been written lies in larger pages, and is read up to twice as fast.
 
   Raises:
     InputError: `disk_dir` cannot be written.
   """
-  reads, writes = [], []
+  reads, alone, writes = [], [], []
   room = devices.free_disk(disk_dir) // (2 * _AT_ONCE)
   with _disk_tier(watch, disk_dir) as tier:
     for n, width in enumerate(points.disk_widths):
       if not n or 12 * width * width * 4 <= room:
-        reads.append(_disk_read(watch, tier, width, points.cold_bytes))
+        size, several, one = _disk_read(watch, tier, width, points.cold_bytes)
+        reads.append((size, several))
+        alone.append((size, one))
     for n, nbytes in enumerate(points.disk_writes):
       if not n or nbytes <= room:
         writes.append((nbytes, _disk_write(watch, tier, nbytes)))
-  return {
-    'disk_to_host': rising(reads),
-    'host_to_disk': rising(writes),
-  }
+  return (
+    {'disk_to_host': rising(reads), 'host_to_disk': rising(writes)},
+    {'disk_to_host': rising(alone)},
+  )
 
 
 def _disk_read(
   watch: Stopwatch, tier: DiskTier, width: int, cold: int
-) -> tuple[int, float]:
+) -> tuple[int, float, float]:
   """Bytes of a layer's weights of width D, and the seconds of one of many that
-  are read one after another, with as many under way as a run has."""
+  are read one after another: with as many under way as a run has, and alone."""
   specs = Format('float32').specs(layers.config(width))[2:4]
   size = sum(map(spec_bytes, specs)) // 2
   count = min(max(2 * _AT_ONCE, cold // size), _MOST_KEYS)
@@ -121,20 +127,38 @@ def _disk_read(
     )
     tier.wait()
 
-  def read_all(_) -> None:
+  def read_all(at_once: int, _=None) -> None:
     under_way: deque = deque()
     for key in keys:
       under_way.append(tier.read(key))
-      if len(under_way) == _AT_ONCE:
+      if len(under_way) == at_once:
         _arrive(under_way.popleft())
     for read in under_way:
       _arrive(read)
 
-  seconds = watch.wall(read_all, lambda done: None)
+  _forget(tier.root)
+  read_all(_AT_ONCE)  # from the disk; the next one is slow, too
+  several, alone = (
+    watch.wall(
+      functools.partial(read_all, at_once),
+      lambda done: None,
+      patience=_READ_PATIENCE,
+    )
+    for at_once in (_AT_ONCE, 1)
+  )
   for key in keys:
     tier.free(key)
     shutil.rmtree(tier.root / '.'.join(map(str, key)))
-  return size, seconds / count
+  return size, several / count, alone / count
+
+
+def _forget(root: Path) -> None:
+  """Takes files out of the page cache, where the system can be asked to."""
+  if not hasattr(os, 'posix_fadvise'):
+    return
+  for path in filter(Path.is_file, root.rglob('*')):
+    with path.open('rb') as file:
+      os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _arrive(read: Pending) -> None:

@@ -81,9 +81,18 @@ class Stopwatch:
     return max(statistics.median(added) / calls, _LEAST)
 
   def wall(
-    self, call: Call, wait: Callable[[Any], Any] = jax.block_until_ready
+    self,
+    call: Call,
+    wait: Callable[[Any], Any] = jax.block_until_ready,
+    *,
+    patience: float = 1,
   ) -> float:
-    """Returns the mean seconds from a call until it is waited for."""
+    """Returns the mean seconds from a call until it is waited for.
+
+    Args:
+      call, wait: as of `on_device`.
+      patience: how many times as long to repeat it.
+    """
     n = itertools.count()
 
     def run() -> float:
@@ -92,14 +101,14 @@ class Stopwatch:
       return time.perf_counter() - began
 
     run()  # compiles
-    return self._mean(run)
+    return self._mean(run, patience * self._seconds)
 
-  def _mean(self, run: Callable[[], float]) -> float:
+  def _mean(self, run: Callable[[], float], enough: float) -> float:
     """Not the least: a long run has its share of bad moments, too."""
     seconds, began = [run()], time.perf_counter()
     while len(seconds) < _MOST_RUNS:
       seconds.append(run())
-      if time.perf_counter() - began > self._seconds:
+      if time.perf_counter() - began > enough:
         break
     return max(statistics.fmean(seconds), _LEAST)
 
