@@ -127,7 +127,8 @@ class Hardware:
       weights are on the device. All dense products are charged by it.
     prefill_attention: dtype -> head size H -> scores [B, N, T, T] that are
       computed -> seconds.
-    decode_attention: dtype -> bytes of cache on the device -> seconds.
+    decode_attention: dtype -> bytes of cache on the device -> seconds; bits
+      likewise, where a packed cache is attended to without expanding it.
     host_attention: dtype -> bytes of cache in host memory -> seconds on the
       CPU; empty where that is not known.
     expand: bits -> numbers of a packed tensor -> seconds.

@@ -8,7 +8,8 @@ Weights are few large arrays in the checkpoint's own [out, in] orientation, so
 that converting never transposes; vectors of a layer are packed into one.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -34,6 +35,7 @@ MATRICES = ('qkv', 'out', 'fc1', 'fc2')
 """The layers' matrices: what may be packed, unlike tables and vectors."""
 QUERY_CHUNK = 256  # positions; scores beyond it are never held at once
 _SCORE_BYTES = 64 * 2**20  # float32 scores held at once in a prefill
+_FUSED_SIZES = range(8, 129, 8)  # of heads, that cuDNN attends with
 _MASKED = -1e30  # finite: a row that is all padding must not become NaN
 
 
@@ -55,14 +57,24 @@ class Layer(NamedTuple):
   groups: tuple[int, ...]
 
 
-def layers(config: ModelConfig, dtype: DTypeLike) -> tuple[Layer, ...]:
-  """Returns the J = 2 * num_layers + 2 layers, embed first, head last."""
+def layers(
+  config: ModelConfig, dtype: DTypeLike, *, fused: bool = False
+) -> tuple[Layer, ...]:
+  """Returns the J = 2 * num_layers + 2 layers, embed first, head last.
+
+  Args:
+    fused: prefills may attend by cuDNN, see `attend`.
+  """
   dtype = jnp.dtype(dtype)
+  blocks: dict[str, Callable[..., nn.Module]] = {
+    'attention': functools.partial(Attention, fused=fused),
+    'mlp': MLP,
+  }
   last = 2 * config.num_layers + 2
   body = [
     Layer(kind, module(config, dtype), (2 + 2 * n + m,))
     for n in range(config.num_layers)
-    for m, (kind, module) in enumerate((('attention', Attention), ('mlp', MLP)))
+    for m, (kind, module) in enumerate(blocks.items())
   ]
   head_groups: tuple[int, ...] = (0,) if config.tied_head else ()
   if weight_groups(config)[last]:  # without norm there may be nothing
@@ -194,12 +206,17 @@ class Attention(_Base):
   Cache and rows are {'k': keys, 'v': values}, each [B, N, S or T, H]: rows of
   a head lie together, which batched products read without a transpose, and
   keys apart from values, which XLA:CPU would copy out of a joint array.
+
+  Attributes:
+    fused: see `attend`.
   """
+
+  fused: bool = False
 
   @nn.compact
   def __call__(self, hidden, cache, start, position):
     q, rows = self.project(hidden)
-    x = attend(q, rows, cache, start, position)
+    x = attend(q, rows, cache, start, position, fused=self.fused)
     return self.output(hidden, x), rows
 
   @nn.compact
@@ -281,6 +298,8 @@ def attend(
   position: Array,
   stored: Cache | None = None,
   lift: tuple[Array, Array] | None = None,
+  *,
+  fused: bool = False,
 ) -> Array:
   """Causal attention of T new tokens over the cache and over themselves.
 
@@ -296,13 +315,17 @@ def attend(
       Only without a cache.
     lift: float32 [B, N, T, R] and [B, S or T, R], whose product is added to the
       scores of the cache, or of `stored`: what its keys lack.
+    fused: on a GPU that cuDNN's attention knows; it takes 16 bits, and no
+      scores but its own.
 
   Returns:
     Attended values [B, N, T, H] in `q`'s dtype; softmax is in float32.
   """
   if cache is not None:
     return _attend_cached(q, rows, cache, start, position, lift)
-  _, n, t, _ = q.shape
+  _, n, t, h = q.shape
+  if fused and stored is None and q.dtype.itemsize == 2 and h in _FUSED_SIZES:
+    return _attend_fused(q, rows, start)
   chunk_bytes = 4 * n * min(t, QUERY_CHUNK) * t
   return jax.lax.map(
     lambda row: _attend_fresh(*row),
@@ -336,6 +359,45 @@ def _attend_fresh(q, rows, stored, lift, start):
       x = x + own * (exact - held)
     out.append(x)
   return jnp.concatenate(out, axis=1).astype(q.dtype)
+
+
+def _attend_fused(q, rows, start):
+  """Prompts by cuDNN, which takes [B, T, N, H] and never writes scores."""
+  q, k, v = (x.swapaxes(1, 2) for x in (q, rows['k'], rows['v']))
+  t = q.shape[1]
+  seen = jnp.arange(t) >= start[:, None]  # [B, T]
+  x = jax.nn.dot_product_attention(
+    q,
+    k,
+    v,
+    mask=jnp.broadcast_to(seen[:, None, None], (len(start), 1, t, t)),
+    scale=1.0,
+    is_causal=True,
+    implementation='cudnn',
+  )
+  return x.swapaxes(1, 2)
+
+
+def join(
+  q: Array, rows: Cache, values: Array, weight: Array, top: Array
+) -> Array:
+  """Completes one token's attention to a cache by that to itself.
+
+  Args:
+    q, rows: as of `attend`, of one new token.
+    values: float32 [B, N, H], the cache's weighted by exp(score - top).
+    weight, top: float32 [B, N], the sum of the weights; the highest score.
+
+  Returns:
+    Attended values [B, N, 1, H] in `q`'s dtype.
+  """
+  k, v = (rows[name][:, :, 0].astype(jnp.float32) for name in 'kv')
+  own = (q[:, :, 0].astype(jnp.float32) * k).sum(-1)
+  highest = jnp.maximum(top, own)
+  old, new = jnp.exp(top - highest), jnp.exp(own - highest)
+  x = values * old[..., None] + v * new[..., None]
+  x = x / (weight * old + new)[..., None]
+  return x[:, :, None].astype(q.dtype)
 
 
 def _attend_cached(q, rows, cache, start, position, lift):

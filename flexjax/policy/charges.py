@@ -84,9 +84,12 @@ class Charges:
       heads = work.batch_size * c.num_heads
       scores = heads * computed_scores(work.prompt_len)
       return self._fresh(c.head_size, scores, 0) + self._pack(work.prompt_len)
+    curves = self.hardware.decode_attention
+    if self.problem.fused:
+      attend = curves[str(packing.bits)]
+      return attend(self.problem.cache_bytes) + self._pack(1)
     itemsize = self.problem.cache_itemsize
     nbytes = volume.cache_bytes(c, work, UNPACKED, itemsize)
-    curves = self.hardware.decode_attention
     seconds = self.hardware.of(curves, self.problem.cache_dtype)(nbytes)
     if packing.packs:
       half = nbytes // itemsize // 2  # keys, then values

@@ -63,6 +63,7 @@ def working_bytes(problem: Problem, policy: Policy, prefill: bool) -> int:
     cache_itemsize=problem.cache_itemsize,
     chunk_tokens=problem.chunk_tokens,
     prefill=prefill,
+    fused=problem.fused,
   )
   running = ahead(policy)
   writing = _attending(running, work.num_batches)

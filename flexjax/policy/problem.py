@@ -32,6 +32,7 @@ class Problem:
     kept: bytes on the device beside all keys, for as long as the model is.
     spare: bytes of the device that its allocator cannot make use of.
     chunk_tokens: see `Compute`.
+    fused: attention reads a packed cache as it is, without expanding it.
   """
 
   config: ModelConfig
@@ -47,6 +48,7 @@ class Problem:
   kept: int = 0
   spare: int = 0
   chunk_tokens: int = 4096
+  fused: bool = False
 
   @property
   def itemsize(self) -> int:

@@ -49,6 +49,7 @@ def workspace(
   cache_itemsize: int,
   chunk_tokens: int,
   prefill: bool,
+  fused: bool = False,
 ) -> int:
   """Bytes a layer function needs beside its inputs: the most of any layer.
 
@@ -58,8 +59,9 @@ def workspace(
   a chunk of scores twice. The MLP holds its inner activations (f), once in
   float32 and once in the compute type. The head holds float32 logits of one
   position, four times while it sorts them. A packed cache is expanded whole in
-  decode, keys and values, beside the scores of the whole cache, which are
-  there four times where queries are doubled.
+  decode, keys and values, unless attention is `fused` and reads it as it is,
+  beside the scores of the whole cache, which are there four times where queries
+  are doubled.
   """
   d, f = config.hidden_size, config.ffn_size
   columns = work.prompt_len if prefill else 1
@@ -73,7 +75,7 @@ def workspace(
     rows = work.batch_size
     seen = work.prompt_len + work.gen_len
     scores = 4 * rows * config.num_heads * seen * _F32
-    if packing.packs:
+    if packing.packs and not fused:
       scores += cache_bytes(config, work, UNPACKED, cache_itemsize)
   tokens = rows * columns
   attention = tokens * d * (3 * _F32 + 4 * itemsize)

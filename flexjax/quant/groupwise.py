@@ -72,7 +72,7 @@ def pack(
       `along`.
   """
   group = packing.group(x.shape[-1])
-  kind = _kind(x.dtype)
+  kind = range_dtype(x.dtype)
   levels = 2**packing.bits - 1
   x = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, group)
   if len(rounding.shrinks) > 1:
@@ -95,7 +95,7 @@ def expand(
   """Undoes `pack`: uint8 [..., row_bytes] -> [..., size] in `dtype`."""
   group = packing.group(size)
   end = size * packing.bits // 8
-  kind = _kind(dtype)
+  kind = range_dtype(dtype)
   tail = packed[..., end:].reshape(*packed.shape[:-1], 2, size // group, 2)
   tail = _f32(jax.lax.bitcast_convert_type(tail, kind))
   scale, minimum = tail[..., 0, :, None], tail[..., 1, :, None]
@@ -222,6 +222,6 @@ def _f32(x: Array) -> Array:
   return x.astype(jnp.float32)
 
 
-def _kind(dtype: DTypeLike) -> DTypeLike:
-  """The type of scales and minima of numbers of `dtype`."""
+def range_dtype(dtype: DTypeLike) -> DTypeLike:
+  """Returns the type of scales and minima of numbers of `dtype`."""
   return jnp.float16 if jnp.dtype(dtype) == jnp.float16 else jnp.bfloat16

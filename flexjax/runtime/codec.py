@@ -12,7 +12,7 @@ from jax import Array
 
 from flexjax.config import ModelConfig, Packing
 from flexjax.models import opt
-from flexjax.quant import groupwise, keys
+from flexjax.quant import groupwise, kernels, keys
 
 # New rows are packed at every step, so their ranges are refined, not searched.
 ROWS = {
@@ -33,6 +33,7 @@ class Codec:
     weights, cache: how matrices, and keys and values, are stored.
     rounding: of new rows of the cache, a key of `ROWS`.
     attended: dtype in which a packed cache is expanded; `dtype` unless given.
+    fused: the device runs `quant.kernels`.
   """
 
   def __init__(
@@ -43,12 +44,14 @@ class Codec:
     cache: Packing,
     rounding: str = 'search',
     attended: str | None = None,
+    fused: bool = False,
   ):
     self.dtype = jnp.dtype(dtype)
     self.packing, self.cache = weights, cache
     self.attended = jnp.dtype(attended or dtype)
     self._rounding = ROWS[rounding]
     self._head_size = config.head_size
+    self.fused = fused and kernels.fits(cache, config.head_size)
     self._positions = config.max_positions
     self._columns = {
       name: shape[-1]
@@ -86,10 +89,34 @@ class Codec:
     """
     z = self._cosines(rows['k'].shape[2], start, position)
     lowered = {**rows, 'k': keys.lower(rows['k'], waves, z)}
+    pack = kernels.pack if self.fused else groupwise.pack
     return {
-      name: groupwise.pack(x, self.cache, self._rounding)
-      for name, x in lowered.items()
+      name: pack(x, self.cache, self._rounding) for name, x in lowered.items()
     }
+
+  def attend(
+    self,
+    q: Array,
+    cache: opt.Cache,
+    waves: Array,
+    start: Array,
+    position: Array,
+  ) -> kernels.Attended:
+    """What the query of one new token [B, N, 1, H] finds in a packed cache,
+    by a kernel that reads it as it is."""
+    columns = cache['k'].shape[2]
+    terms, cosines = self.lift(q, waves, start, columns)
+    lack = groupwise.exact_product('bnr,bsr->bns', terms[:, :, 0], cosines)
+    column = jnp.arange(columns)
+    seen = (column < position) & (column >= start[:, None])  # [B, S]
+    return kernels.attend(
+      q[:, :, 0].astype(jnp.float32),
+      cache['k'],
+      cache['v'],
+      jnp.where(seen[:, None], lack, kernels.MASKED),
+      self.cache,
+      self.dtype,
+    )
 
   def lift(
     self, q: Array, waves: Array, start: Array, columns: int

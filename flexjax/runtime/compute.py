@@ -117,13 +117,19 @@ def _apply(
     q, rows = module.apply(params, hidden, method='project')
     packed = codec.pack_rows(rows, waves, start, position)
     past = stored = lift = None
+    if codec.fused and cache is not None and hidden.shape[1] == 1:
+      found = codec.attend(q, cache, waves, start, position)
+      x = opt.join(q, rows, *found)
+      return module.apply(params, hidden, x, method='output'), packed
     if cache is not None:
       past = codec.expand_cache(cache)
       lift = codec.lift(q, waves, start, past['k'].shape[2])
     elif reread:
       stored = codec.expand_cache(packed)
       lift = codec.lift(q, waves, start, hidden.shape[1])
-    x = opt.attend(q, rows, past, start, position, stored, lift)
+    x = opt.attend(
+      q, rows, past, start, position, stored, lift, fused=module.fused
+    )
     return module.apply(params, hidden, x, method='output'), packed
 
   batch, columns = hidden.shape[:2]

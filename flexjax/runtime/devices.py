@@ -15,6 +15,7 @@ import jax
 from jax.sharding import SingleDeviceSharding
 
 _GIB = 2**30
+_FUSED_SINCE = 8.0  # compute capability: Ampere
 _FRACTION = 'XLA_CLIENT_MEM_FRACTION'
 _FRACTIONS = (_FRACTION, 'XLA_PYTHON_CLIENT_MEM_FRACTION')
 _PINNED_LIMIT = 'XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB'
@@ -40,6 +41,13 @@ class Machine:
   unified: bool
   device_memory: int
   host_memory: int
+
+  @property
+  def fused(self) -> bool:
+    """Whether it runs cuDNN's attention and the kernels of `quant.kernels`."""
+    device: Any = next(iter(self.device.device_set))
+    capability = getattr(device, 'compute_capability', '0')
+    return self.platform == 'gpu' and float(capability) >= _FUSED_SINCE
 
   @property
   def chunk_tokens(self) -> int:

@@ -247,7 +247,7 @@ class LoadedModel:
       self._open_disk,
       lambda done, total: on_progress('load', done, total),
     )
-    layers = opt.layers(self.source.config, form.dtype)
+    layers = opt.layers(self.source.config, form.dtype, fused=m.fused)
     codec = Codec(
       self.source.config,
       form.dtype,
@@ -255,6 +255,7 @@ class LoadedModel:
       packing,
       form.rounding,
       self.plan.problem.cache_dtype,
+      m.fused,
     )
     self.compute = Compute(layers, codec, m.chunk_tokens)
     self.engine = Engine(

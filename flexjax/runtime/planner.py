@@ -19,7 +19,7 @@ from flexjax.models import opt
 from flexjax.policy.plan import Plan, resolve
 from flexjax.policy.problem import Problem
 from flexjax.policy.search import Request, Variant, search
-from flexjax.quant import keys
+from flexjax.quant import kernels, keys
 from flexjax.runtime.formats import Format
 from flexjax.runtime.simulate import Prediction, predict
 from flexjax.tiers.base import spec_bytes
@@ -203,6 +203,8 @@ class Planner:
       spare=0 if machine.unified else int(_FRAGMENTS * budgets['device']),
       unified=machine.unified,
       chunk_tokens=machine.chunk_tokens,
+      fused=str(packing.bits) in self.hardware.decode_attention
+      and kernels.fits(packing, config.head_size),
       budgets=budgets,
     )
 

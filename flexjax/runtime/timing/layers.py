@@ -1,5 +1,6 @@
 """Times what layers are made of, by the functions that the engine calls."""
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -90,7 +91,7 @@ def _mlp_bytes(width: int, dtype: str) -> int:
 
 def prefill_attention(watch: Stopwatch, points: Points) -> dict[str, Family]:
   """dtype -> head size -> computed scores -> seconds."""
-  attend = jax.jit(opt.attend)
+  attend = jax.jit(functools.partial(opt.attend, fused=watch.machine.fused))
 
   def one(dtype: str, b: int, n: int, t: int, h: int) -> tuple[int, float]:
     q, k, v = (watch.numbers((b, n, t, h), dtype) for _ in range(3))
@@ -112,12 +113,45 @@ def prefill_attention(watch: Stopwatch, points: Points) -> dict[str, Family]:
 
 
 def decode_attention(watch: Stopwatch, points: Points) -> dict[str, Curve]:
-  """dtype -> bytes of cache on the device -> seconds."""
+  """dtype -> bytes of cache on the device -> seconds; '4' likewise, where the
+  device attends to a packed cache as it is."""
   home = watch.machine.device
-  return {
+  curves = {
     dtype: _decode_curve(watch, dtype, points.caches, home, watch.on_device)
     for dtype in points.dtypes
   }
+  if watch.machine.fused:
+    curves['4'] = _packed_curve(watch, points)
+  return curves
+
+
+def _packed_curve(watch: Stopwatch, points: Points) -> Curve:
+  packing = Packing(4)
+  found = []
+  for first, (b, n, s, h) in enumerate(points.caches):
+    row = packing.row_bytes(h, 2)
+    nbytes = 2 * b * n * s * row
+    if first and nbytes > watch.room:
+      continue
+    model = config(n * h, n)
+    codec = Codec(model, _PACKED_DTYPE, UNPACKED, packing, fused=True)
+    codes = _packed(b * n * s, packing, h).reshape(b, n, s, row)
+    caches = [
+      jax.device_put({'k': codes, 'v': codes}, watch.machine.device)
+      for _ in range(watch.copies(nbytes))
+    ]
+    q = watch.numbers((b, n, 1, h), _PACKED_DTYPE)
+    waves = watch.numbers((n, h, keys.TERMS), 'float32')
+    start, position = watch.integers([0] * b), watch.integers(s)
+    attend = jax.jit(codec.attend)
+
+    def call(
+      turn, attend=attend, q=q, caches=caches, waves=waves, at=(start, position)
+    ):
+      return attend(q, caches[turn % len(caches)], waves, *at)
+
+    found.append((nbytes, watch.on_device(call)))
+  return rising(found)
 
 
 def host_attention(watch: Stopwatch, points: Points) -> dict[str, Curve]:
@@ -189,10 +223,12 @@ def _expand_curve(watch: Stopwatch, points: Points, bits: int) -> Curve:
   return rising(found)
 
 
-def _packed(rows: int, packing: Packing) -> np.ndarray:
-  """Rows of random codes; all scales and minima are the same."""
-  end = _PACKED_WIDTH * packing.bits // 8
-  width = packing.row_bytes(_PACKED_WIDTH, 2)
+def _packed(
+  rows: int, packing: Packing, size: int = _PACKED_WIDTH
+) -> np.ndarray:
+  """Rows of `size` numbers: random codes, all scales and minima the same."""
+  end = size * packing.bits // 8
+  width = packing.row_bytes(size, 2)
   row = np.full(width // 2, 0.01, jnp.dtype(_PACKED_DTYPE)).view(np.uint8)
   row = np.resize(row, width)
   row[:end] = np.random.default_rng(0).integers(0, 256, end)
@@ -210,7 +246,13 @@ def _pack_curve(watch: Stopwatch, points: Points, bits: int) -> Curve:
   found = []
   for b, n, t, h in points.new_rows:
     model = config(n * h, n)
-    codec = Codec(model, _PACKED_DTYPE, UNPACKED, Packing(bits))
+    codec = Codec(
+      model,
+      _PACKED_DTYPE,
+      UNPACKED,
+      Packing(bits),
+      fused=watch.machine.fused,
+    )
     rows = {name: watch.numbers((b, n, t, h), _PACKED_DTYPE) for name in 'kv'}
     waves = watch.numbers((n, h, keys.TERMS), 'float32')
     start, position = watch.integers([0] * b), watch.integers(0)
