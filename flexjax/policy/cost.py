@@ -16,6 +16,7 @@ from flexjax.policy.charges import Charges
 from flexjax.policy.placement import TIERS, window
 from flexjax.policy.problem import CLASSES, Problem
 
+_FAR_AHEAD = 16
 RESOURCES = ('dispatch', *LINKS, 'device', 'cpu')
 Shares = Mapping[str, Mapping[str, float]]
 """Fraction of every class, 'weights', 'cache' and 'hidden', on every tier."""
@@ -25,6 +26,21 @@ def ahead(policy: Policy) -> int:
   """Visits, or cells, that are loaded before they are computed; and computes
   that are dispatched before one is waited for."""
   return policy.prefetch_depth if policy.overlap else 0
+
+
+def run_ahead(problem: Problem, policy: Policy) -> int:
+  """Computes of decode steps that are dispatched before one is waited for.
+
+  What they hold is a token's hidden states, if nothing is loaded for them and
+  they share no expanded weights; then there may be many, for a host thread
+  that is woken late.
+  """
+  splits = (policy.weights, policy.cache, policy.hidden)
+  loads = any(split is None or split.device < 100 for split in splits)
+  shares = problem.share and problem.packing.packs
+  if loads or (shares and problem.work.num_batches > 1) or not policy.overlap:
+    return ahead(policy)
+  return max(ahead(policy), _FAR_AHEAD)
 
 
 def cells_held(policy: Policy) -> int:
@@ -65,7 +81,7 @@ def working_bytes(problem: Problem, policy: Policy, prefill: bool) -> int:
     prefill=prefill,
     fused=problem.fused,
   )
-  running = ahead(policy)
+  running = ahead(policy) if prefill else run_ahead(problem, policy)
   writing = _attending(running, work.num_batches)
   expanded = [
     volume.expanded_bytes(

@@ -25,6 +25,7 @@ from flexjax.data.blocks import blocks
 from flexjax.errors import InputError
 from flexjax.hardware import read as read_hardware
 from flexjax.policy import search
+from flexjax.policy.plan import Plan
 from flexjax.runtime import devices, sources
 from flexjax.runtime.generate import Output, Request
 from flexjax.runtime.loaded import LoadedModel, OnProgress
@@ -183,6 +184,11 @@ class LLM:
   @property
   def stats(self) -> Stats:
     return self._session.stats()
+
+  @property
+  def plan(self) -> Plan:
+    """What the latest run ran by: its policy, its block, its places."""
+    return self._loaded.plan
 
   def timeline(self) -> list[Span]:
     """Returns what the latest run did and when, for `timeline.write`.

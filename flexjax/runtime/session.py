@@ -15,6 +15,7 @@ import numpy as np
 from flexjax.config import Workload
 from flexjax.data.blocks import Block
 from flexjax.errors import InputError
+from flexjax.policy import cost
 from flexjax.policy.plan import Plan
 from flexjax.runtime import devices, sampling
 from flexjax.runtime.engine import Batch
@@ -173,18 +174,20 @@ class Session:
     return [(k, *scores[k]) for k in sorted(scores)]
 
   def _execute(self, decoding, batches, work: Workload, steps: int) -> None:
+    problem, policy = self.loaded.plan.problem, self.loaded.plan.policy
     shape = Shape(
       steps,
       len(self.loaded.engine.layers),
       work.num_batches,
-      frozenset(self.loaded.plan.problem.cached),
+      frozenset(problem.cached),
     )
-    self.loaded.engine.share = self.loaded.plan.problem.share
+    self.loaded.engine.share = problem.share
     todo = actions(
       shape,
-      ORDERS[self.loaded.policy.schedule](shape),
-      depth=self.loaded.policy.prefetch_depth,
-      overlap=self.loaded.policy.overlap,
+      ORDERS[policy.schedule](shape),
+      depth=policy.prefetch_depth,
+      overlap=policy.overlap,
+      run_ahead=cost.run_ahead(problem, policy),
       wanted=decoding.wanted,
     )
     if (recorder := self.loaded.engine.store.recorder) is not None:

@@ -12,7 +12,7 @@ from typing import Any
 from flexjax.config import MAX_DISK_WRITES
 from flexjax.hardware import Hardware
 from flexjax.policy.charges import Charges
-from flexjax.policy.cost import RESOURCES
+from flexjax.policy.cost import RESOURCES, run_ahead
 from flexjax.policy.placement import TIERS
 from flexjax.policy.plan import Plan
 from flexjax.runtime.accounts import Accounts
@@ -174,6 +174,7 @@ class Simulator:
       ORDERS[self.policy.schedule](shape),
       depth=self.policy.prefetch_depth,
       overlap=self.policy.overlap,
+      run_ahead=run_ahead(self.problem, self.policy),
     ):
       self._cell = action
       getattr(self, '_' + action.kind)(action.i, action.j, action.k)

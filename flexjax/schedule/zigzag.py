@@ -76,6 +76,7 @@ def actions(
   *,
   depth: int,
   overlap: bool = True,
+  run_ahead: int = 0,
   wanted: Callable[[int, int, bool], bool] = lambda i, k, now: True,
 ) -> Iterator[Action]:
   """Yields what to do, in the order of doing it.
@@ -87,20 +88,24 @@ def actions(
       hidden states so many cells ahead, as soon as they have been stored.
     overlap: False loads each thing just before its use and waits for every
       compute.
+    run_ahead: computes of decode steps that are dispatched before one is waited
+      for; `depth`, if that is more, as in prefills.
     wanted: whether batch k still wants token i. Asked when a cell comes into
       sight and again, with `now` true, when its turn has come: batches may
       end meanwhile.
 
   Loads are always issued before the compute that hides them.
   """
-  return _Lookahead(shape, depth if overlap else 0, wanted).run(visits)
+  ahead = depth if overlap else 0
+  return _Lookahead(shape, ahead, max(ahead, run_ahead), wanted).run(visits)
 
 
 class _Lookahead:
   """The state of `actions`: what is in sight, asked for, and done."""
 
-  def __init__(self, shape: Shape, ahead: int, wanted):
+  def __init__(self, shape: Shape, ahead: int, run_ahead: int, wanted):
     self.shape, self.ahead, self.wanted = shape, ahead, wanted
+    self.run_ahead = run_ahead
     self.sight: deque[Visit] = deque()  # weights asked for, not yet used
     self.cells: deque[tuple[int, int, int]] = deque()  # theirs, in order
     self.done: dict[int, int] = {}  # batch -> cells it has behind it
@@ -141,7 +146,7 @@ class _Lookahead:
         yield Action('store_hidden', i, j, k)
       self.done[k] = ordinal + 1
       self.running.append((i, j, k))
-      if len(self.running) > self.ahead:
+      while len(self.running) > (self.run_ahead if i else self.ahead):
         yield Action('wait', *self.running.popleft())
     yield Action('free_weights', i, j, -1)
 
