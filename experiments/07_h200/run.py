@@ -4,8 +4,8 @@ Every row is a model under `--device_memory=16GiB --host_memory=110GiB`, prompt
 512 and 32 new tokens, in a fresh process that loads once and runs a few times
 after a warm-up of two tokens. A run is a line of results.csv.
 
-The link's bound of a decode step is the bytes that cross in a run, over its 32
-steps and the rate of a bare loop.
+The link's bound of a decode step is the bytes that cross in one, over the rate
+of a bare loop.
 """
 
 import subprocess
@@ -42,7 +42,8 @@ _SMALL = flags.DEFINE_bool('small', False, 'Sizes for trying the script.')
 
 PROMPT_LEN, GEN_LEN = 512, 32
 PROMPTS = 100_000  # more than any block
-_FOUR = {'weight_bits': 4, 'cache_bits': 4}
+# Searching for ranges in random numbers would only take time.
+_FOUR = {'weight_bits': 4, 'cache_bits': 4, 'rounding': 'minmax'}
 _HOST = {
   'weights': (0, 100, 0),
   'cache': (0, 100, 0),
@@ -56,8 +57,7 @@ ROWS: dict[str, dict[str, Any]] = {
   },
   '30b': {'model': 'opt-30b'},
   '30b-4': {'model': 'opt-30b', **_FOUR},
-  # Searching for ranges in random numbers would only take time.
-  '175b-4': {'model': 'opt-175b', **_FOUR, 'rounding': 'minmax'},
+  '175b-4': {'model': 'opt-175b', **_FOUR},
 }  # fmt: skip
 
 
@@ -99,6 +99,9 @@ def figures(name: str, n: int, ready: float, llm: LLM) -> dict[str, Any]:
   stats = llm.stats.to_json()
   fields = common.record(name, _COMMIT.value, [], stats)
   del fields['arguments']
+  decoded = stats['link_bytes']['host_to_device'] - weights_moved(llm)
+  bound = decoded / (GEN_LEN - 1) / common.LINK_BYTES_PER_S
+  fields['link_bound_step_s'] = round(bound, 4)
   work, policy = llm.plan.problem.work, llm.plan.policy
   predicted: Mapping[str, Any] = stats['predicted']
   flop_s = prefill_flop(llm) / stats['prefill_seconds']
@@ -117,6 +120,17 @@ def figures(name: str, n: int, ready: float, llm: LLM) -> dict[str, Any]:
   for split in ('weights', 'cache', 'hidden'):
     fields[split] = _text(getattr(policy, split))
   return fields
+
+
+def weights_moved(llm: LLM) -> int:
+  """Bytes of weights that cross in one step: all that a prefill loads."""
+  problem, places = llm.plan.problem, llm.plan.places
+  return sum(
+    problem.group_bytes[g]
+    for _, groups in problem.layers
+    for g in groups
+    if places.get(('weights', g)) in ('host', 'disk')
+  )
 
 
 def prefill_flop(llm: LLM) -> float:

@@ -137,9 +137,23 @@ class Charges:
     rates = self.hardware.row_write
     if tier == 'disk':  # copied, so that the device may go on
       tier = 'device'
+    if self._pads(tier, prefill, on_host):
+      return rates['device'](self.problem.cache_bytes)
     if on_host and not self.problem.unified:
       tier = 'cpu' if 'cpu' in rates else 'host'
     return rates[tier](self.row_bytes(prefill))
+
+  def _pads(self, tier: str, prefill: bool, on_host: bool) -> bool:
+    """Whether rows are made a whole cache on the device, and sent as that."""
+    return (
+      prefill and tier == 'host' and not on_host and not self.problem.unified
+    )
+
+  def sent_bytes(self, tier: str, prefill: bool, on_host: bool) -> int:
+    """Bytes that cross the link to put new cache rows in their place."""
+    if self.problem.work.cache_len and self._pads(tier, prefill, on_host):
+      return self.problem.cache_bytes
+    return self.row_bytes(prefill)
 
   def row_bytes(self, prefill: bool) -> int:
     """Bytes of the new cache rows of one layer and batch, on their way."""

@@ -127,12 +127,25 @@ def peak_bytes(
       moving = _in_flight(problem, policy, name, prefill)
     far = share['disk'] + (0 if problem.unified else share['host'])
     peak['device'] += moving * far
+    if name == 'cache' and prefill:
+      peak['device'] += sending_bytes(problem, policy) * share['host']
     if not problem.unified:  # what comes from disk passes through buffers
       peak['host'] += moving * share['disk']
   held_by = 'device' if problem.unified else 'host'
   writes = MAX_DISK_WRITES * problem.cache_bytes
   peak[held_by] += writes * shares['cache']['disk']
   return peak
+
+
+def sending_bytes(problem: Problem, policy: Policy) -> int:
+  """Device bytes of caches that a prefill sends to host memory, if all are to
+  go there: those of computes that have not been waited for."""
+  if problem.unified or policy.attention == 'host':
+    return 0
+  if not problem.work.cache_len:
+    return 0
+  cells = 1 + ahead(policy)
+  return _attending(cells, problem.work.num_batches) * problem.cache_bytes
 
 
 def _whole(problem: Problem, name: str) -> int:
@@ -224,9 +237,9 @@ def _cache(busy, charges: Charges, policy: Policy, share, prefill) -> None:
   problem, work = charges.problem, charges.problem.work
   hardware = charges.hardware
   cells = len(problem.cached) * work.num_batches
-  rows = charges.row_bytes(prefill)
+  on_host = policy.attention == 'host'
   filled = work.prompt_len + (work.gen_len - 2) / 2
-  if not prefill and policy.attention == 'host':
+  if not prefill and on_host:
     unit = 'device' if problem.unified else 'cpu'
     busy[unit] += cells * charges.attend_on_host()
     query = 0 if problem.unified else charges.query_bytes()
@@ -235,9 +248,11 @@ def _cache(busy, charges: Charges, policy: Policy, share, prefill) -> None:
   elif not prefill:
     part = filled / work.cache_len
     _read(busy, charges, share, problem.cache_bytes, cells, part)
-  _write(busy, charges, share, rows, cells, charges.disk_rows(prefill))
+  for tier in ('host', 'disk'):
+    alone = {'host': 0.0, 'disk': 0.0, tier: share[tier]}
+    size = charges.sent_bytes(tier, prefill, on_host)
+    _write(busy, charges, alone, size, cells, charges.disk_rows(prefill))
   for tier in TIERS:
-    on_host = policy.attention == 'host'
     seconds = charges.write_rows(tier, prefill, on_host)
     seconds *= cells * share[tier]
     attended = on_host and not problem.unified

@@ -66,9 +66,11 @@ def evaluate(
   sizes = {k: n for name in CLASSES for k, n in problem.sizes(name).items()}
   peak = total(sizes, places)
   moving = {'disk'} if problem.unified else {'host', 'disk'}
+  sends = any(k[0] == 'cache' and tier == 'host' for k, tier in places.items())
   peak['device'] += max(
     sum(_in_flight(problem, policy, places, sizes, moving, prefill).values())
     + cost.working_bytes(problem, policy, prefill)
+    + (cost.sending_bytes(problem, policy) if sends and prefill else 0)
     for prefill in (True, False)
   )
   written = [

@@ -92,7 +92,8 @@ class Engine:
     self._pending: dict[tuple[str, int, int], Pending] = {}
     self._output: Array | None = None  # of the latest compute, not yet stored
     self._rows: dict[str, Array] | None = None  # its new cache rows
-    self._running: dict[tuple[int, int, int], Array] = {}
+    # By cell, what must be there before it counts as done.
+    self._running: dict[tuple[int, int, int], list[Array]] = {}
     self._due: dict[tuple[int, int, int], int] = {}  # bytes free once done
     self._latest = (0, 0, 0)  # the cell computed last
     self._scalars: dict[tuple[Sharding, int], Array] = {}
@@ -166,7 +167,7 @@ class Engine:
       else:
         # Computes that are not waited for yet; on a CPU they may end in any
         # order, so the latest alone would not do.
-        pending.release(list(self._running.values()))
+        pending.release([running[0] for running in self._running.values()])
     self._free_when_done(freed)
 
   def _load_cache(self, i: int, j: int, k: int) -> None:
@@ -206,7 +207,7 @@ class Engine:
       )
       self._used = self._output
     del hidden
-    self._running[i, j, k] = self._used
+    self._running[i, j, k] = [self._used]
     self._latest = (i, j, k)
     self._release(j, k)
     self._free_when_done()
@@ -291,6 +292,8 @@ class Engine:
     index = self.prompt_len + i - 1 if i else 0
     assert self._rows is not None
     self.store.put(('cache', j, k), self._rows, At(CACHE_AXIS, index))
+    if not i:  # all rows of a prompt: much that has yet to be sent
+      self._running[i, j, k] += self.store.sending(('cache', j, k))
     self._rows = None
 
   def _store_hidden(self, i: int, j: int, k: int) -> None:
@@ -302,7 +305,9 @@ class Engine:
     self._release(j, k)
 
   def _wait(self, i: int, j: int, k: int) -> None:
-    jax.block_until_ready(self._running.pop((i, j, k), None))
+    running = self._running.pop((i, j, k), [])
+    # A cache of few layers may have been written to again.
+    jax.block_until_ready([x for x in running if not x.is_deleted()])
     self.store.device.borrow(-self._due.pop((i, j, k), 0))
 
   def _release(self, j: int, k: int) -> None:
@@ -311,7 +316,7 @@ class Engine:
         pending.release([] if self._used is None else [self._used])
 
   def _drop_all(self) -> None:
-    running = list(self._running.values())
+    running = [running[0] for running in self._running.values()]
     for pending in self._pending.values():
       pending.release(running)
     for pending, _ in self._weights.values():

@@ -122,13 +122,18 @@ class Simulator:
     self.accounts = Accounts(plan)
     self.spans: list[Span] | None = [] if record else None
     self._on_host = self.policy.attention == 'host'
+    self._sends = not self._on_host and not plan.problem.unified
     self._shared = [self.problem.share and self._shares(i) for i in (0, 1)]
     self._kinds = [kind for kind, _ in self.problem.layers]
     self._rates: dict[tuple[str, bool], tuple[float, float]] = {}
     self._links: dict[tuple[str, float], float] = {}
     self._cache_bytes = plan.problem.cache_bytes
     both = (True, False)  # prefill, decode
-    self._row_bytes = {p: self.charges.row_bytes(p) for p in both}
+    self._row_bytes = {
+      (tier, p): self.charges.sent_bytes(tier, p, self._on_host)
+      for tier in TIERS
+      for p in both
+    }
     self._disk_rows = {p: self.charges.disk_rows(p) for p in both}
     self._hidden_bytes = {p: self.charges.hidden_bytes(p) for p in both}
     self._row_seconds = {
@@ -404,14 +409,19 @@ class Simulator:
   def _store_cache(self, i: int, j: int, k: int) -> None:
     if not self.problem.work.cache_len:
       return
-    key, nbytes = ('cache', j, k), self._row_bytes[i == 0]
+    key = ('cache', j, k)
     place = self.places[key]
+    nbytes = self._row_bytes[place, i == 0]
     seconds = self._row_seconds[place, i == 0]
-    if place == 'disk':
+    # Copied on the device, before they are sent; else written where they go.
+    sends = self._sends and place == 'host' and i == 0
+    if place == 'disk' or sends:
       self._output = self._on('device', self._output, seconds, 'write rows')
     ready = self._put(key, nbytes, self._disk_rows[i == 0])
     self.accounts.put(i, key, nbytes)
-    if place != 'disk' and seconds:
+    if sends:
+      self._running[i, j, k] = ready
+    elif place != 'disk' and seconds:
       attended = self._on_host and not self.problem.unified
       unit = 'cpu' if attended else 'device'
       ready = self._on(unit, ready, seconds, 'write rows')

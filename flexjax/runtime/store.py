@@ -5,6 +5,7 @@ bytes and never learn why. Every byte that crosses a link is counted here.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 
@@ -91,11 +92,18 @@ class Store:
       ends.append(value)
     tier.write(key, value, at)
     if links:
-      nbytes = sum(v.nbytes for v in value.values())
+      nbytes = tier.sent_nbytes(key, value, at)
       self.meter.crossed(*links, nbytes=nbytes)
       if self.recorder is not None:
         ends.append(tier.written(key))
         self.recorder.store(key, nbytes, links, ends)
+
+  def sending(self, key: Key) -> Any:
+    """Returns what has yet to arrive in host memory; it holds memory on the
+    device until then."""
+    tier = self._tier(key)
+    sends = self.places[key] == 'host' and tier.moves
+    return tier.written(key) if sends else ()
 
   def given_back(self, nbytes: int) -> None:
     """Takes note that a read's bytes will be free when its reader is done."""

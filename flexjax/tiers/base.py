@@ -108,6 +108,11 @@ class Tier(abc.ABC):
     to one token after the prefill.
     """
 
+  def sent_nbytes(self, key: Key, value: Value, at: At | None) -> int:
+    """Returns the bytes that such a write moves."""
+    del key, at
+    return sum(v.nbytes for v in value.values())
+
   @abc.abstractmethod
   def written(self, key: Key) -> Any:
     """Returns what is ready once the latest write to `key` has ended.

@@ -53,8 +53,17 @@ def test_rows_are_packed_as_by_plain_jax(shape, rounds):
   assert mine.shape == theirs.shape
   if INTERPRET:
     assert (mine == theirs).all()
-  # A GPU's division may differ in the last place, and with it a code.
-  assert (mine == theirs).mean() > 0.999
+    return
+  # XLA may keep more digits of a range than are stored; codes then differ.
+  assert (mine == theirs).mean() > 0.95
+  errors = [
+    jnp.square(
+      groupwise.expand(packed, packing, sizes[-1], dtype).astype(jnp.float32)
+      - x.astype(jnp.float32)
+    ).mean()
+    for packed in (mine, theirs)
+  ]
+  assert errors[0] <= 1.01 * errors[1]
 
 
 @pytest.mark.parametrize('group', [32, 64])

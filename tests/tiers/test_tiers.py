@@ -114,6 +114,23 @@ def test_rows_at_their_place(tier):
   assert_same(get(tier, KEY), expected)
 
 
+def test_first_rows_are_sent_as_a_whole_value():
+  tier = HostTier(pinned(), device())
+  tier.allocate(KEY, spec(*SHAPE))
+  tier.write(KEY, value(*SHAPE, seed=1))  # of an earlier block
+  rows = value(*SHAPE[:2], 4, SHAPE[3])
+  assert tier.sent_nbytes(KEY, rows, At(2, 0)) == tier.sizes[KEY]
+  tier.write(KEY, put(rows), At(2, 0))
+  padded = {
+    n: np.pad(a, ((0, 0), (0, 0), (0, SHAPE[2] - 4), (0, 0)))
+    for n, a in rows.items()
+  }
+  assert_same(get(tier, KEY), padded)
+  one = {n: a[:, :, :1] for n, a in rows.items()}
+  nbytes = sum(a.nbytes for a in one.values())
+  assert tier.sent_nbytes(KEY, one, At(2, 4)) == nbytes
+
+
 def test_weights_in_pieces(tier):
   key = ('weights', 3)
   expected = value(20, 6, names=('fc1', 'fc2'))
