@@ -223,9 +223,7 @@ def _line(error: Exception) -> str:
 
 def grid(runner: Runner, until: float) -> None:
   bench, left = runner.bench, _MAX_ROWS.value
-  loaded = runner.load()
-  runner.append('grid', runner.measure(loaded, None, None), is_pick=1)
-  loaded.close()
+  pick(runner)
   for weights in bench.weights:
     loaded = runner.load(
       weights=Split.parse(weights, 'weights'),
@@ -243,6 +241,13 @@ def grid(runner: Runner, until: float) -> None:
       runner.append('grid', row, is_pick=0)
       left -= row['status'] == 'measured'
     loaded.close()
+  pick(runner)  # again: the first to run finds weights that were just written
+
+
+def pick(runner: Runner) -> None:
+  loaded = runner.load()
+  runner.append('grid', runner.measure(loaded, None, None), is_pick=1)
+  loaded.close()
 
 
 def curve(runner: Runner, until: float) -> None:
