@@ -66,11 +66,10 @@ def evaluate(
   sizes = {k: n for name in CLASSES for k, n in problem.sizes(name).items()}
   peak = total(sizes, places)
   moving = {'disk'} if problem.unified else {'host', 'disk'}
-  sends = any(k[0] == 'cache' and tier == 'host' for k, tier in places.items())
   peak['device'] += max(
     sum(_in_flight(problem, policy, places, sizes, moving, prefill).values())
     + cost.working_bytes(problem, policy, prefill)
-    + (cost.sending_bytes(problem, policy) if sends and prefill else 0)
+    + (_sending(problem, policy, places, sizes) if prefill else 0)
     for prefill in (True, False)
   )
   written = [
@@ -117,15 +116,25 @@ def _in_flight(
     'cache': 0,
   }
   if policy.attention != 'host' and not prefill:
-    flight['cache'] = window(
-      [
-        moved(('cache', j, k))
-        for j in range(len(problem.layers))
-        for k in batches
-      ],
-      cells,
-    )
+    cached = [moved(key) for key in _cells(problem)]
+    flight['cache'] = window(cached, cells)
   return flight
+
+
+def _cells(problem) -> list[Key]:
+  """The cache that every cell of a step would have, in their order."""
+  layers, batches = len(problem.layers), problem.work.num_batches
+  return [('cache', j, k) for j in range(layers) for k in range(batches)]
+
+
+def _sending(problem, policy, places, sizes) -> int:
+  """Device bytes of caches that a prefill sends to host memory."""
+  if not cost.sending_bytes(problem, policy):
+    return 0
+  sent = [
+    sizes[key] if places.get(key) == 'host' else 0 for key in _cells(problem)
+  ]
+  return window(sent, 1 + cost.ahead(policy))
 
 
 def _buffers(problem, policy, places, sizes) -> int:
