@@ -18,6 +18,8 @@ from flexjax.policy import volume
 from flexjax.runtime import sampling
 from flexjax.runtime.codec import Codec
 
+CACHE_AXIS = 2  # rows S of keys and values [B, N, S, H]
+
 
 class Compute:
   """The jitted layer functions of one model.
@@ -46,6 +48,9 @@ class Compute:
       for kind, module in modules.items()
       if kind != 'head'
     }
+    self._in_place = self._jit(
+      functools.partial(_apply_in_place, attention, codec), donate=(2,)
+    )
     self.expand = self._jit(codec.expand_weights)
     self.project = self._jit(functools.partial(_project, attention, codec))
     self.attend = self._jit(opt.attend)
@@ -53,7 +58,6 @@ class Compute:
     head = modules['head']
     self.pick = self._jit(functools.partial(_pick, head), ('mode',))
     self.score = self._jit(functools.partial(_score, head))
-    self.next_input = self._jit(lambda tokens: tokens[:, None])
     self.take = self._jit(jnp.take, ('axis',))
 
   def layer(
@@ -80,12 +84,30 @@ class Compute:
       weights, hidden, cache, start, position, waves, reread=reread
     )
 
-  def _jit(self, function: Callable, static: tuple[str, ...] = ()) -> Any:
+  def attend_in_place(
+    self,
+    weights: dict[str, Array],
+    hidden: Array,
+    cache: opt.Cache,
+    start: Array,
+    position: Array,
+    waves: Array | None = None,
+  ) -> tuple[Array, dict[str, Array]]:
+    """Runs an attention layer of a decode step: (hidden, the cache with the
+    new rows in it). The cache is donated: one call instead of two."""
+    return self._in_place(weights, hidden, cache, start, position, waves)
+
+  def _jit(
+    self,
+    function: Callable,
+    static: tuple[str, ...] = (),
+    donate: tuple[int, ...] = (),
+  ) -> Any:
     def counted(*args, **kwargs):
       self.traces += 1
       return function(*args, **kwargs)
 
-    jitted = jax.jit(counted, static_argnames=static)
+    jitted = jax.jit(counted, static_argnames=static, donate_argnums=donate)
 
     def call(*args, **kwargs):
       traces, began = self.traces, time.perf_counter()
@@ -116,20 +138,16 @@ def _apply(
       return module.apply(params, hidden, cache, start, position)
     q, rows = module.apply(params, hidden, method='project')
     packed = codec.pack_rows(rows, waves, start, position)
-    past = stored = lift = None
-    if codec.fused and cache is not None and hidden.shape[1] == 1:
-      found = codec.attend(q, cache, waves, start, position)
-      x = opt.join(q, rows, *found)
-      return module.apply(params, hidden, x, method='output'), packed
     if cache is not None:
-      past = codec.expand_cache(cache)
-      lift = codec.lift(q, waves, start, past['k'].shape[2])
-    elif reread:
-      stored = codec.expand_cache(packed)
-      lift = codec.lift(q, waves, start, hidden.shape[1])
-    x = opt.attend(
-      q, rows, past, start, position, stored, lift, fused=module.fused
-    )
+      x = _attend(module, codec, q, rows, cache, start, position, waves)
+    else:
+      stored = lift = None
+      if reread:
+        stored = codec.expand_cache(packed)
+        lift = codec.lift(q, waves, start, hidden.shape[1])
+      x = opt.attend(
+        q, rows, None, start, position, stored, lift, fused=module.fused
+      )
     return module.apply(params, hidden, x, method='output'), packed
 
   batch, columns = hidden.shape[:2]
@@ -148,6 +166,37 @@ def _apply(
   return jax.tree.map(join, out)
 
 
+def _attend(module, codec, q, rows, cache, start, position, waves):
+  """New tokens attend to a cache, packed or not, and to themselves."""
+  if waves is None:
+    return opt.attend(q, rows, cache, start, position, fused=module.fused)
+  if codec.fused and q.shape[2] == 1:
+    found = codec.attend(q, cache, waves, start, position)
+    return opt.join(q, rows, *found)
+  past = codec.expand_cache(cache)
+  lift = codec.lift(q, waves, start, past['k'].shape[2])
+  return opt.attend(q, rows, past, start, position, None, lift)
+
+
+def _apply_in_place(
+  module, codec, weights, hidden, cache, start, position, waves
+):
+  params = {'params': codec.expand_weights(weights)}
+  q, rows = module.apply(params, hidden, method='project')
+  new = rows
+  if waves is not None:
+    new = codec.pack_rows(rows, waves, start, position)
+  # Before it is read, lest XLA copy it: attention looks at older columns only.
+  cache = {
+    name: jax.lax.dynamic_update_slice_in_dim(
+      x, new[name].astype(x.dtype), position, CACHE_AXIS
+    )
+    for name, x in cache.items()
+  }
+  x = _attend(module, codec, q, rows, cache, start, position, waves)
+  return module.apply(params, hidden, x, method='output'), cache
+
+
 def _project(module, codec, weights, hidden):
   params = {'params': codec.expand_weights(weights)}
   return module.apply(params, hidden, method='project')
@@ -159,8 +208,10 @@ def _output(module, codec, weights, hidden, x):
 
 
 def _pick(module, weights, hidden, params, step, mode):
+  """Returns tokens [B], and the same [B, 1] as the next step's input."""
   logits, _ = module.apply({'params': weights}, hidden, None, None, None)
-  return sampling.pick(logits, params, step, mode)
+  tokens = sampling.pick(logits, params, step, mode)
+  return tokens, tokens[:, None]
 
 
 def _score(module, weights, hidden, targets):

@@ -16,13 +16,11 @@ from jax.sharding import Sharding
 
 from flexjax.models.opt import MATRICES, Layer
 from flexjax.runtime.codec import is_packed
-from flexjax.runtime.compute import Compute
+from flexjax.runtime.compute import CACHE_AXIS, Compute
 from flexjax.runtime.sampling import Sampling
 from flexjax.runtime.store import Store
 from flexjax.schedule.zigzag import Action
 from flexjax.tiers.base import At, Pending
-
-CACHE_AXIS = 2  # rows S of keys and values [B, N, S, H]
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -195,16 +193,22 @@ class Engine:
       if kind == 'attention' and i > 0:
         cache = self._cached(i, j, k)
       position = self._scalar(self.prompt_len + i - 1 if i else 0)
-      self._output, self._rows = self.compute.layer(
-        kind,
-        weights,
-        hidden,
-        cache,
-        batch.start,
-        position,
-        self.waves.get(j),
-        reread=batch.targets is not None,
-      )
+      if cache is not None and self.store.replaceable(('cache', j, k)):
+        self._output, cache = self.compute.attend_in_place(
+          weights, hidden, cache, batch.start, position, self.waves.get(j)
+        )
+        self.store.put(('cache', j, k), cache)
+      else:
+        self._output, self._rows = self.compute.layer(
+          kind,
+          weights,
+          hidden,
+          cache,
+          batch.start,
+          position,
+          self.waves.get(j),
+          reread=batch.targets is not None,
+        )
       self._used = self._output
     del hidden
     self._running[i, j, k] = [self._used]
@@ -281,16 +285,16 @@ class Engine:
       scores = self.compute.score(weights, hidden, batch.targets)
       self.decoding.took(i, k, scores)
       return scores[0]
-    tokens = self.compute.pick(
+    tokens, batch.tokens = self.compute.pick(
       weights, hidden, batch.sampling, self._scalar(i), mode=batch.mode
     )
-    batch.tokens = self.compute.next_input(tokens)
     self.decoding.took(i, k, tokens)
     return tokens
 
   def _store_cache(self, i: int, j: int, k: int) -> None:
+    if self._rows is None:  # written in place
+      return
     index = self.prompt_len + i - 1 if i else 0
-    assert self._rows is not None
     self.store.put(('cache', j, k), self._rows, At(CACHE_AXIS, index))
     if not i:  # all rows of a prompt: much that has yet to be sent
       self._running[i, j, k] += self.store.sending(('cache', j, k))

@@ -98,6 +98,11 @@ class Store:
         ends.append(tier.written(key))
         self.recorder.store(key, nbytes, links, ends)
 
+  def replaceable(self, key: Key) -> bool:
+    """Whether a compute may take a key's value and hand back a new one: it is
+    in an accelerator's own memory."""
+    return self.places[key] == 'device' and self.tiers['host'].moves
+
   def sending(self, key: Key) -> Any:
     """Returns what has yet to arrive in host memory; it holds memory on the
     device until then."""

@@ -13,9 +13,11 @@ from flexjax.models import opt
 from flexjax.models.checkpoint import Checkpoint
 from flexjax.quant import groupwise
 from flexjax.runtime import codec, formats
+from flexjax.runtime.compute import Compute
 from flexjax.runtime.formats import Format, PackedSource
 from flexjax.runtime.profile import profile
 from flexjax.runtime.session import Session
+from flexjax.runtime.store import Store
 
 DEVICE, HOST, DISK = (100, 0, 0), (0, 100, 0), (0, 0, 100)
 MIXED = (30, 30, 40)
@@ -188,6 +190,27 @@ def test_batches_that_shrink(model, prompts, on_device, monkeypatch, tmp_path):
     got = [o.token_ids for o in llm.generate(prompts, params)]
   tokens, *_ = on_device('4 and 4')
   assert got == [t[:n] for t, n in zip(tokens, lengths, strict=True)]
+
+
+@pytest.mark.parametrize('bits', ['4 and 4', '16 and 4', '4 and 16'])
+def test_caches_that_a_layer_takes_and_hands_back(
+  model, prompts, on_device, monkeypatch, bits
+):
+  """As on an accelerator, where they are in its own memory."""
+  calls = []
+  in_place = Compute.attend_in_place
+
+  def counted(self, *args):
+    calls.append(args)
+    return in_place(self, *args)
+
+  monkeypatch.setattr(Compute, 'attend_in_place', counted)
+  monkeypatch.setattr(
+    Store, 'replaceable', lambda self, key: self.places[key] == 'device'
+  )
+  tokens, *_ = run(model, prompts, cache=(50, 50, 0), **BITS[bits])
+  assert calls
+  assert tokens == on_device(bits)[0]
 
 
 def test_bits_change_the_results(model, prompts, on_device):

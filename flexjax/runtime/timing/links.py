@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from flexjax.hardware import Curve, rising
 from flexjax.runtime import devices
-from flexjax.runtime.engine import CACHE_AXIS
+from flexjax.runtime.compute import CACHE_AXIS
 from flexjax.runtime.formats import Format
 from flexjax.runtime.timing import layers
 from flexjax.runtime.timing.points import Points
