@@ -48,6 +48,7 @@ def _main(argv: list[str]) -> int:
         f"'{rest[0]}' is not a flag; flags look like --model=DIR"
       )
     command.run()
+    sys.stdout.flush()  # here, where a reader that has gone is no error
   except flags.Error as e:
     return _refuse(str(e))
   except BrokenPipeError:  # whoever reads the results has enough

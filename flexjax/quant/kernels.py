@@ -13,12 +13,16 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 from jax.typing import DTypeLike
 
 from flexjax.config import Packing
 from flexjax.quant import groupwise
 from flexjax.quant.groupwise import Rounding
+
+try:
+  from jax.experimental.pallas import triton
+except ImportError:  # deprecated: a later JAX may not have it
+  triton = None  # type: ignore[assignment]
 
 MASKED = -1e30  # finite: a prompt that is all padding must not become NaN
 _ROWS = 32  # of a cache that a program attends to at a time
@@ -42,8 +46,8 @@ class Attended(NamedTuple):
 
 
 def fits(packing: Packing, head_size: int) -> bool:
-  """Whether the kernels know this packing of rows of `head_size` numbers."""
-  if packing.bits != 4:
+  """Whether there are kernels for this packing of rows of `head_size` numbers."""
+  if packing.bits != 4 or triton is None:
     return False
   group = packing.group(head_size)
   # Triton's blocks are powers of two.
