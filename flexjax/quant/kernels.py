@@ -46,7 +46,7 @@ class Attended(NamedTuple):
 
 
 def fits(packing: Packing, head_size: int) -> bool:
-  """Whether there are kernels for this packing of rows of `head_size` numbers."""
+  """Whether there are kernels for rows of `head_size` numbers, so packed."""
   if packing.bits != 4 or triton is None:
     return False
   group = packing.group(head_size)
