@@ -24,6 +24,8 @@ FILES = (
   'added_tokens.json',
 )
 """All files that a tokenizer may be kept in."""
+UNKNOWN = '\N{REPLACEMENT CHARACTER}'
+"""What stands in a text for bytes that are no UTF-8."""
 _NAMES = ('bos', 'eos', 'unk', 'sep', 'pad', 'cls', 'mask')
 # What OPT was trained with, for directories that do not say.
 _OPT_CONFIG = {
@@ -109,6 +111,28 @@ class Tokenizer:
     bytes that are no UTF-8 give U+FFFD.
     """
     return self._backend.decode(list(ids), skip_special_tokens=True)
+
+  def pieces(self, ids: Sequence[int]) -> list[str]:
+    """Returns the part that each token has in the text of all.
+
+    Where several tokens make a character, it is the last one's, and theirs is
+    ''; so is that of special tokens.
+    """
+    pieces = []
+    begin = 0  # of tokens whose text has not been handed out
+    for end in range(1, len(ids) + 1):
+      text = self.decode(ids[begin:end])
+      if text.endswith(UNKNOWN) and end < len(ids):
+        text = ''  # the next token may complete the character
+      else:
+        begin = end
+      pieces.append(text)
+    return pieces
+
+  def spell(self, token: int) -> str:
+    """Returns one token as the vocabulary writes it: special tokens by their
+    names, bytes by the letters that stand for them; '' beyond it."""
+    return self._backend.id_to_token(token) or ''
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -57,7 +57,7 @@ class Compute:
     self.output = self._jit(functools.partial(_output, attention, codec))
     head = modules['head']
     self.pick = self._jit(functools.partial(_pick, head), ('mode',))
-    self.score = self._jit(functools.partial(_score, head))
+    self.score = self._jit(functools.partial(_score, head), ('top',))
     self.take = self._jit(jnp.take, ('axis',))
 
   def layer(
@@ -214,11 +214,13 @@ def _pick(module, weights, hidden, params, step, mode):
   return tokens, tokens[:, None]
 
 
-def _score(module, weights, hidden, targets):
+def _score(module, weights, hidden, targets, top):
   """hidden [B, T, D], targets [B, T] -> (log-probabilities, are greedy).
 
   The first are float32 [B, T]; the second, bool [B, T], say which targets no
-  other token is likelier than.
+  other token is likelier than. Where `top` is not 0 there follow the ids of
+  the `top` likeliest tokens, int32 [B, T, top], best first, and their
+  log-probabilities, float32 of the same shape.
 
   Positions go through the head a chunk at a time: all logits of a prompt
   would be gigabytes.
@@ -226,6 +228,8 @@ def _score(module, weights, hidden, targets):
   chunk = volume.SCORED_BYTES // (
     4 * module.config.vocab_size * hidden.shape[0]
   )
+  if top:
+    chunk //= 2  # ranking may sort logits and their ids beside themselves
 
   def one(columns):
     x, target = columns  # [B, D], [B]
@@ -234,8 +238,12 @@ def _score(module, weights, hidden, targets):
     ]
     picked = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
     greedy = picked >= logits.max(axis=-1)
-    return picked - jax.nn.logsumexp(logits, axis=-1), greedy
+    total = jax.nn.logsumexp(logits, axis=-1)
+    if not top:
+      return picked - total, greedy
+    best, ids = jax.lax.top_k(logits, top)
+    return picked - total, greedy, ids, best - total[:, None]
 
   columns = (hidden.swapaxes(0, 1), targets.T)
-  logprobs, greedy = jax.lax.map(one, columns, batch_size=max(1, chunk))
-  return logprobs.T, greedy.T
+  scores = jax.lax.map(one, columns, batch_size=max(1, chunk))
+  return tuple(x.swapaxes(0, 1) for x in scores)

@@ -34,6 +34,7 @@ class Batch:
     sampling: how its rows are continued.
     mode: see `sampling.mode`.
     targets: [B, T] ids to score instead of sampling; None to generate.
+    top: how many of the likeliest tokens are scored beside each target.
   """
 
   tokens: Array
@@ -42,13 +43,14 @@ class Batch:
   sampling: Sampling
   mode: str
   targets: Array | None = None
+  top: int = 0
 
 
 class Decoding(Protocol):
   """Follows the requests of a block; see `generate.Progress`."""
 
   def took(self, i: int, k: int, result: Any) -> None:
-    """Token i [B] (or the scores, a pair of [B, T]) of batch k has been
+    """Token i [B] (or the scores, see `compute.score`) of batch k has been
     dispatched."""
     ...
 
@@ -282,7 +284,7 @@ class Engine:
     batch = self.batches[k]
     self._output = None
     if batch.targets is not None:
-      scores = self.compute.score(weights, hidden, batch.targets)
+      scores = self.compute.score(weights, hidden, batch.targets, top=batch.top)
       self.decoding.took(i, k, scores)
       return scores[0]
     tokens, batch.tokens = self.compute.pick(

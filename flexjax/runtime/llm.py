@@ -48,12 +48,17 @@ class Score:
       before it; None for the first, which has none before it.
     greedy: whether each token is the likeliest one given those before it;
       None for the first.
+    top: of each token, the likeliest ones in its place, best first, as (id,
+      log-probability); None for the first. Empty unless asked for.
   """
 
   index: int
   token_ids: list[int]
   logprobs: list[float | None]
   greedy: list[bool | None]
+  top: list[list[tuple[int, float]] | None] = dataclasses.field(
+    default_factory=list
+  )
 
 
 def load(
@@ -261,14 +266,22 @@ class LLM:
           )
       self.on_progress('generate', total, total)
 
-  def score(self, texts: Sequence[Prompt]) -> list[Score]:
+  def score(self, texts: Sequence[Prompt], top: int = 0) -> list[Score]:
     """Returns the log-probability of every token of every text, and whether
     it is the likeliest one.
 
+    Args:
+      texts: texts, or lists of token ids.
+      top: how many of the likeliest tokens to name in each token's place.
+
     Raises:
-      InputError: a text is not valid or longer than the context.
+      InputError: a text is not valid or longer than the context, or `top` is
+        out of range.
     """
     _refuse_string(texts)
+    size = self.config.vocab_size
+    if not (isinstance(top, int) and 0 <= top <= size):
+      raise InputError(f'top must be between 0 and {size}, got {top!r}')
     each = [SamplingParams(max_new_tokens=1)] * len(texts)
     ids = self.encode(texts, each, room=0)
     work = self._prepare(ids, [])
@@ -277,18 +290,12 @@ class LLM:
     scores = []
     with self._session.measured(self.record):
       for block in self._blocks(ids, work):
-        for k, logprobs, greedy in self._session.score(block, work):
+        for k, found in self._session.score(block, work, top):
           for row, n in enumerate(block.index[k].tolist()):
             if n >= 0:
               tail = slice(block.start[k, row], -1)
-              scores.append(
-                Score(
-                  n,
-                  ids[n],
-                  [None, *logprobs[row, tail].tolist()],
-                  [None, *greedy[row, tail].tolist()],
-                )
-              )
+              mine = [x[row, tail].tolist() for x in found]
+              scores.append(_score(n, ids[n], *mine))
               done += len(ids[n])
         self.on_progress('score', done, total)
     return scores
@@ -297,21 +304,26 @@ class LLM:
     self,
     prompts: Sequence[Prompt],
     params: Sequence[SamplingParams],
-    room: int | None = None,
+    room: int | Sequence[int] | None = None,
   ) -> list[list[int]]:
     """Turns prompts into token ids and checks that each has its place.
 
-    `room` is how many positions to leave; default each one's new tokens.
+    `room` is how many positions to leave, one number for all or one for each;
+    default each one's new tokens.
 
     Raises:
       InputError: names the first prompt that is not valid, and why.
     """
     if len(prompts) == 0:
       raise InputError('there are no prompts')
+    if room is None:
+      room = [p.max_new_tokens for p in params]
+    elif isinstance(room, int):
+      room = [room] * len(prompts)
     encoded = []
-    for n, (prompt, p) in enumerate(zip(prompts, params, strict=True)):
+    each = zip(prompts, params, room, strict=True)
+    for n, (prompt, p, new) in enumerate(each):
       ids = self._encode(n, prompt)
-      new = p.max_new_tokens if room is None else room
       limit = self.config.max_positions - new
       if limit < 1:
         raise InputError(
@@ -450,3 +462,22 @@ class LLM:
 def _refuse_string(prompts: Sequence[Prompt]) -> None:
   if isinstance(prompts, str):
     raise InputError('prompts must be a list of prompts, not one string')
+
+
+def _score(
+  n: int,
+  ids: list[int],
+  logprobs: list[float],
+  greedy: list[bool],
+  best: list[list[int]] | None = None,
+  best_logprobs: list[list[float]] | None = None,
+) -> Score:
+  """Makes a score of what is known of every token but the first.
+
+  `best` and `best_logprobs` are of the likeliest tokens in its place.
+  """
+  top: list[list[tuple[int, float]] | None] = []
+  if best is not None and best_logprobs is not None:
+    pairs = zip(best, best_logprobs, strict=True)
+    top = [None, *(list(zip(*pair, strict=True)) for pair in pairs)]
+  return Score(n, ids, [None, *logprobs], [None, *greedy], top)

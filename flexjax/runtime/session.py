@@ -144,16 +144,18 @@ class Session:
     return self.loaded.plan
 
   def score(
-    self, block: Block, work: Workload
-  ) -> list[tuple[int, np.ndarray, np.ndarray]]:
+    self, block: Block, work: Workload, top: int
+  ) -> list[tuple[int, tuple[np.ndarray, ...]]]:
     """Scores each column's next token.
 
     Returns:
-      (k, [B, T] log-probabilities, [B, T] whether it is the likeliest).
+      (k, ([B, T] log-probabilities, [B, T] whether it is the likeliest)); where
+      `top` is not 0 the pair goes on with the ids and the log-probabilities of
+      the `top` likeliest tokens, each [B, T, top].
     """
     self._check_current(work)
     began = time.perf_counter()
-    results: dict[int, tuple[jax.Array, jax.Array]] = {}
+    results: dict[int, tuple[jax.Array, ...]] = {}
 
     class Collect:
       def took(self, i: int, k: int, result: Any) -> None:
@@ -162,7 +164,7 @@ class Session:
       def wanted(self, i: int, k: int, now: bool) -> bool:
         return bool((block.index[k] >= 0).any())
 
-    batches = [self._batch(block, k, None) for k in range(len(block.ids))]
+    batches = [self._batch(block, k, None, top) for k in range(len(block.ids))]
     self._execute(Collect(), batches, work, 1)
     scores = jax.device_get(results)
     self._blocks += 1
@@ -171,7 +173,7 @@ class Session:
     self._totals['scored_tokens'] += int(
       (block.ids.shape[2] - block.start - 1)[real].sum()
     )
-    return [(k, *scores[k]) for k in sorted(scores)]
+    return sorted(scores.items())
 
   def _execute(self, decoding, batches, work: Workload, steps: int) -> None:
     problem, policy = self.loaded.plan.problem, self.loaded.plan.policy
@@ -200,7 +202,11 @@ class Session:
       raise
 
   def _batch(
-    self, block: Block, k: int, requests: Sequence[Request] | None
+    self,
+    block: Block,
+    k: int,
+    requests: Sequence[Request] | None,
+    top: int = 0,
   ) -> Batch:
     """Puts batch k on the device; without requests it is to be scored."""
     device, cpu = self.loaded.machine.device, self.loaded.machine.cpu
@@ -219,6 +225,7 @@ class Session:
       sampling=jax.device_put(sampling.pack(params, index), device),
       mode=sampling.mode(params),
       targets=targets,
+      top=top,
     )
 
   def _is_worth(self, k: int, size: int, steps: int) -> bool:
