@@ -5,19 +5,19 @@ import random
 
 import numpy as np
 import pytest
-import torch
-import transformers
 
 import flexjax
 from flexjax.apps.completions import Asked, complete
 from flexjax.config import SamplingParams
-from flexjax.data.tokenizer import Tokenizer
 from flexjax.errors import InputError
-from flexjax.policy import volume
-from flexjax.runtime.sources import BUNDLED
-
-TOLERANCE = 1e-4
-PROMPT = 'def add(a, b):'
+from tests.apps import completed
+from tests.apps.completed import (
+  PROMPT,
+  TOLERANCE,
+  check_lists,
+  logprobs_of,
+  one,
+)
 
 
 @pytest.fixture(scope='module')
@@ -28,47 +28,7 @@ def llm():
 
 @pytest.fixture(scope='module')
 def reference():
-  return transformers.OPTForCausalLM.from_pretrained(
-    BUNDLED, dtype=torch.float32
-  ).eval()
-
-
-def logprobs_of(reference, ids):
-  """Returns float64 [T, V]: row t is of the token after the first t + 1."""
-  with torch.no_grad():
-    logits = reference(torch.tensor([ids])).logits[0].double()
-  return logits.log_softmax(-1).numpy()
-
-
-def one(llm, prompt=PROMPT, *, n=1, logprobs=None, echo=False, **params):
-  [choices] = complete(
-    llm,
-    [
-      Asked(
-        prompt=prompt,
-        params=SamplingParams(**params),
-        n=n,
-        logprobs=logprobs,
-        echo=echo,
-      )
-    ],
-  )
-  assert len(choices) == n
-  return choices[0] if n == 1 else choices
-
-
-def check_lists(choice):
-  """What holds of every choice that lists its tokens."""
-  lists = (choice.token_logprobs, choice.top_logprobs, choice.text_offset)
-  assert {len(x) for x in lists} == {len(choice.tokens)}
-  assert ''.join(choice.tokens) == choice.text
-  for text, offset in zip(choice.tokens, choice.text_offset, strict=True):
-    assert choice.text[offset : offset + len(text)] == text
-  for text, logprob, top in zip(
-    choice.tokens, choice.token_logprobs, choice.top_logprobs, strict=True
-  ):
-    assert (logprob is None) == (top is None)
-    assert top is None or top[text] == logprob
+  return completed.reference()
 
 
 @pytest.mark.parametrize('k', [0, 1, 5])
@@ -112,56 +72,6 @@ def test_logprobs(llm, reference, k, echo):
         text = llm.tokenizer.decode([likeliest])
         assert name in (text, llm.tokenizer.spell(likeliest))
   assert not k or 0 < chosen_in_top < len(ids) - begin
-
-
-def test_score_names_the_likeliest(llm, reference):
-  texts = [[2, 30, 40, 50, 60], [2], [2, 9, 8, 7, 6, 5, 4, 3]] * 3
-  scores = llm.score(texts, top=7)
-  plain = llm.score(texts)
-  for score, bare, ids in zip(scores, plain, texts, strict=True):
-    assert bare.top == []
-    assert score.top[0] is None
-    assert score.logprobs == pytest.approx(bare.logprobs, abs=1e-6)
-    assert score.greedy == bare.greedy
-    assert len(score.top) == len(ids)
-    expected = logprobs_of(reference, ids)
-    for row, top in zip(expected[:-1], score.top[1:], strict=True):
-      assert [n for n, _ in top] == np.argsort(-row)[:7].tolist()
-      best = np.sort(row)[::-1][:7]
-      assert [x for _, x in top] == pytest.approx(best, abs=TOLERANCE)
-  assert [s.greedy[1:] for s in scores] == [
-    [top[0][0] == t for top, t in zip(s.top[1:], s.token_ids[1:], strict=True)]
-    for s in scores
-  ]
-
-
-def test_a_large_batch_goes_through_the_head_in_parts(
-  llm, reference, monkeypatch
-):
-  """Two positions of the logits at a time, as with a large vocabulary."""
-  size = 4 * llm.config.vocab_size
-  monkeypatch.setattr(volume, 'SCORED_BYTES', 4 * size)
-  ids = [2, *random.Random(0).sample(range(3, 4000), 10)]
-  with flexjax.load(dtype='float32', batch_size=1) as small:
-    [score] = small.score([ids], top=3)
-  expected = logprobs_of(reference, ids)
-  for row, top in zip(expected[:-1], score.top[1:], strict=True):
-    assert [n for n, _ in top] == np.argsort(-row)[:3].tolist()
-
-
-def test_top_is_compiled_once(llm):
-  llm.score([[2, 5, 6]], top=5)
-  llm.score([[2, 5, 6]])
-  compiled = llm.stats.compilations
-  llm.score([[2, 8, 9]], top=5)
-  llm.score([[2, 8, 9]], top=0)
-  assert llm.stats.compilations == compiled
-
-
-@pytest.mark.parametrize('top', [-1, 4097, 1.0])
-def test_top_out_of_range(llm, top):
-  with pytest.raises(InputError, match='top must be between 0 and 4096'):
-    llm.score([[2, 5]], top=top)
 
 
 def test_only_those_pay_who_ask(llm, monkeypatch):
@@ -282,78 +192,6 @@ def test_a_truncated_prompt(llm):
   check_lists(choice)
 
 
-def stops(llm, count):
-  """Greedy text, and stop strings that begin and end within its tokens."""
-  text = one(llm, max_new_tokens=24).text
-  found = [text[n : n + 3] for n in range(1, len(text) - 3)]
-  return text, list(dict.fromkeys(found))[:count]
-
-
-def test_stop_strings(llm, reference):
-  full, strings = stops(llm, 12)
-  prompt = llm.tokenizer.encode(PROMPT)
-  asked = [
-    Asked(
-      prompt=PROMPT,
-      params=SamplingParams(max_new_tokens=24, stop=(stop,)),
-      logprobs=1,
-      echo=echo,
-    )
-    for stop in strings
-    for echo in (False, True)
-  ]
-  inside = 0
-  for a, [choice] in zip(asked, complete(llm, asked), strict=True):
-    [stop] = a.params.stop
-    expected = full[: full.index(stop)]
-    assert choice.text == (PROMPT if a.echo else '') + expected
-    assert choice.finish_reason == 'stop'
-    check_lists(choice)
-    generated = choice.token_ids[len(prompt) if a.echo else 0 :]
-    assert choice.completion_tokens == len(generated)
-    assert stop in llm.tokenizer.decode(generated)
-    ids = prompt + generated
-    begin = 0 if a.echo else len(prompt)
-    rows = logprobs_of(reference, ids)
-    for n, value in enumerate(choice.token_logprobs, begin):
-      if n:
-        assert value == pytest.approx(rows[n - 1, ids[n]], abs=TOLERANCE)
-    if choice.tokens and choice.tokens[-1]:
-      whole = llm.tokenizer.decode([ids[begin + len(choice.tokens) - 1]])
-      inside += choice.tokens[-1] != whole
-  assert inside  # some stop string began within a token
-
-
-def test_stop_string_at_once(llm):
-  full = one(llm, max_new_tokens=4).text
-  choice = one(llm, max_new_tokens=4, stop=full[:2], logprobs=2)
-  assert (choice.text, choice.finish_reason) == ('', 'stop')
-  assert choice.tokens == choice.top_logprobs == choice.text_offset == []
-  assert choice.completion_tokens > 0
-
-
-def test_stop_ids_leave_no_trace(llm):
-  ids = one(llm, max_new_tokens=6).token_ids
-  stop = ids[3]
-  first = ids.index(stop)
-  choice = one(llm, max_new_tokens=6, stop_token_ids=(stop,), logprobs=0)
-  assert choice.token_ids == ids[: first + 1]
-  assert choice.finish_reason == 'stop'
-  assert len(choice.tokens) == first
-  check_lists(choice)
-
-
-def test_eos_counts_as_stop(llm, monkeypatch):
-  ids = one(llm, max_new_tokens=6).token_ids
-  config = dataclasses.replace(llm.config, eos_id=ids[2])
-  monkeypatch.setattr(llm, 'config', config)
-  choice = one(llm, max_new_tokens=6, logprobs=0)
-  first = ids.index(ids[2])
-  assert choice.finish_reason == 'stop'
-  assert choice.token_ids == ids[: first + 1]
-  assert len(choice.tokens) == first
-
-
 def test_characters_of_several_tokens(llm):
   prompt = 'x = "\N{SNOWMAN}\N{GRINNING FACE}é"  # 日本'
   asked = Asked(prompt=prompt, params=None, echo=True, logprobs=5)
@@ -363,17 +201,6 @@ def test_characters_of_several_tokens(llm):
   assert '' in choice.tokens[1:]  # one that ends within a character
   sizes = {len(top) for top in choice.top_logprobs[1:]}
   assert sizes <= {5, 6}  # no name is taken twice
-
-
-def test_pieces_of_random_ids():
-  tokenizer = Tokenizer.open(BUNDLED)
-  rng = random.Random(0)
-  for _ in range(200):
-    # The first ids are single bytes, most of which are parts of characters.
-    ids = rng.choices(range(600), k=12)
-    pieces = tokenizer.pieces(ids)
-    assert len(pieces) == len(ids)
-    assert ''.join(pieces) == tokenizer.decode(ids)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Ids and texts against transformers.AutoTokenizer."""
 
 import json
+import random
 
 import pytest
 import tokenizers
@@ -16,6 +17,7 @@ from tokenizers import (
 
 from flexjax.data.tokenizer import Tokenizer
 from flexjax.errors import InputError
+from flexjax.runtime.sources import BUNDLED
 
 CORPUS = [
   'The quick brown fox jumps over the lazy dog, 1234 times.',
@@ -305,3 +307,14 @@ def test_malformed_files(tmp_path, name, text):
   (tmp_path / name).write_text(text)
   with pytest.raises(InputError, match=name):
     Tokenizer.open(tmp_path)
+
+
+def test_pieces_of_random_ids():
+  tokenizer = Tokenizer.open(BUNDLED)
+  rng = random.Random(0)
+  for _ in range(200):
+    # The first ids are single bytes, most of which are parts of characters.
+    ids = rng.choices(range(600), k=12)
+    pieces = tokenizer.pieces(ids)
+    assert len(pieces) == len(ids)
+    assert ''.join(pieces) == tokenizer.decode(ids)
