@@ -9,8 +9,8 @@ from typing import Any
 from flexjax.errors import InputError
 
 
-def read_text(path: Path) -> str:
-  """Returns the text of --input, byte for byte.
+def read_text(path: Path, name: str = 'input') -> str:
+  """Returns the text of the file of flag --name, byte for byte.
 
   Raises:
     InputError: it cannot be read, or is not UTF-8.
@@ -18,7 +18,7 @@ def read_text(path: Path) -> str:
   try:
     return path.read_bytes().decode('utf-8')
   except (OSError, UnicodeDecodeError) as e:
-    raise InputError(f"--input '{path}' cannot be read: {e}") from None
+    raise InputError(f"--{name} '{path}' cannot be read: {e}") from None
 
 
 def read_lines(path: Path, what: str) -> list[tuple[str, str]]:

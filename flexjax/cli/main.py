@@ -15,6 +15,7 @@ COMMANDS = {
   'generate': 'continue prompts',
   'plan': 'say how a model would run, and how fast',
   'eval': 'measure how well a model predicts a text',
+  'wrangle': 'match records, fill in values, find errors in tables',
   'bench': 'measure how fast a model is on random prompts',
   'convert': 'write the disk tier of a model',
   'calibrate': 'measure this machine for the planner',
