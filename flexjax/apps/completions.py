@@ -117,8 +117,13 @@ class _Draft:
   scored: list[int]
 
 
-def complete(llm: LLM, asked: Sequence[Asked]) -> list[list[Choice]]:
+def complete(
+  llm: LLM, asked: Sequence[Asked], *, least: tuple[int, int] = (0, 0)
+) -> list[list[Choice]]:
   """Completes every prompt; returns the `n` choices of each, in order.
+
+  Args:
+    least: see `LLM.generate`.
 
   Raises:
     InputError: a prompt is not valid or too long, or log-probabilities are
@@ -133,7 +138,7 @@ def complete(llm: LLM, asked: Sequence[Asked]) -> list[list[Choice]]:
     [a.params or SamplingParams() for a in asked],
     [a.params.max_new_tokens if a.params else 0 for a in asked],
   )
-  drafts = _generate(llm, asked, prompts)
+  drafts = _generate(llm, asked, prompts, least)
   scores = _score(llm, [draft for group in drafts for draft in group])
   choices = []
   for a, group in zip(asked, drafts, strict=True):
@@ -143,7 +148,10 @@ def complete(llm: LLM, asked: Sequence[Asked]) -> list[list[Choice]]:
 
 
 def _generate(
-  llm: LLM, asked: Sequence[Asked], prompts: Sequence[list[int]]
+  llm: LLM,
+  asked: Sequence[Asked],
+  prompts: Sequence[list[int]],
+  least: tuple[int, int],
 ) -> list[list[_Draft]]:
   """Returns the drafts of each; one for all where they would be equal."""
   params = [_params(a) for a in asked]

@@ -1,10 +1,12 @@
 """Flags that several commands share, and what they make of them."""
 
+import dataclasses
 from typing import Any
 
 from absl import flags
 
-from flexjax.config import Policy
+from flexjax.config import Policy, SamplingParams
+from flexjax.errors import InputError
 from flexjax.runtime.llm import LLM, load
 
 FLAGS = flags.FLAGS
@@ -139,6 +141,50 @@ def define_policy() -> None:
     None,
     'Budget of host memory, such as 100GiB. Default: most of what is free.',
   )
+
+
+def define_sampling() -> None:
+  """Defines the flags that say how prompts are continued."""
+  default = SamplingParams()
+  flags.DEFINE_integer(
+    'max_new_tokens', default.max_new_tokens, 'Tokens to generate, at most.'
+  )
+  flags.DEFINE_float(
+    'temperature', default.temperature, '0 is greedy; higher is more random.'
+  )
+  flags.DEFINE_integer(
+    'top_k', default.top_k, 'Keep the k likeliest tokens; 0 keeps all.'
+  )
+  flags.DEFINE_float(
+    'top_p', default.top_p, 'Keep the likeliest tokens up to this probability.'
+  )
+  flags.DEFINE_integer(
+    'seed', None, "Seed of every prompt's draws. Default: the prompt's index."
+  )
+  flags.DEFINE_multi_string('stop', [], 'A string that ends the text.')
+  flags.DEFINE_list('stop_token_ids', [], 'Token ids that end the text.')
+  flags.DEFINE_bool('ignore_eos', False, 'Go on past the end-of-text token.')
+  flags.DEFINE_bool(
+    'truncate_prompt', False, 'Cut too long prompts instead of refusing them.'
+  )
+
+
+def sampling() -> SamplingParams:
+  """Returns what these flags say.
+
+  Raises:
+    InputError: one is out of range.
+  """
+  try:
+    stop_ids = tuple(int(token) for token in FLAGS.stop_token_ids)
+  except ValueError:
+    raise InputError(
+      f'--stop_token_ids takes integers, got {FLAGS.stop_token_ids}'
+    ) from None
+  names = [field.name for field in dataclasses.fields(SamplingParams)]
+  values: dict[str, Any] = {name: FLAGS[name].value for name in names}
+  values |= {'stop': tuple(FLAGS.stop), 'stop_token_ids': stop_ids}
+  return SamplingParams(**values)
 
 
 def open_model() -> LLM:

@@ -38,28 +38,7 @@ def define() -> None:
     'File of results, JSONL. Default: standard output, where results of '
     '--prompt are plain text.',
   )
-  default = SamplingParams()
-  flags.DEFINE_integer(
-    'max_new_tokens', default.max_new_tokens, 'Tokens to generate, at most.'
-  )
-  flags.DEFINE_float(
-    'temperature', default.temperature, '0 is greedy; higher is more random.'
-  )
-  flags.DEFINE_integer(
-    'top_k', default.top_k, 'Keep the k likeliest tokens; 0 keeps all.'
-  )
-  flags.DEFINE_float(
-    'top_p', default.top_p, 'Keep the likeliest tokens up to this probability.'
-  )
-  flags.DEFINE_integer(
-    'seed', None, "Seed of every prompt's draws. Default: the prompt's index."
-  )
-  flags.DEFINE_multi_string('stop', [], 'A string that ends the text.')
-  flags.DEFINE_list('stop_token_ids', [], 'Token ids that end the text.')
-  flags.DEFINE_bool('ignore_eos', False, 'Go on past the end-of-text token.')
-  flags.DEFINE_bool(
-    'truncate_prompt', False, 'Cut too long prompts instead of refusing them.'
-  )
+  shared.define_sampling()
 
 
 def run() -> None:
@@ -95,16 +74,7 @@ def _requests() -> tuple[list, list[SamplingParams]]:
   """Reads prompts and their parameters from the flags and the input file."""
   if bool(FLAGS.prompt) == bool(FLAGS.input):
     raise InputError('give either --prompt or --input')
-  try:
-    stop_ids = tuple(int(token) for token in FLAGS.stop_token_ids)
-  except ValueError:
-    raise InputError(
-      f'--stop_token_ids takes integers, got {FLAGS.stop_token_ids}'
-    ) from None
-  values = {name: FLAGS[name].value for name in _FIELDS}
-  default = SamplingParams(
-    **values | {'stop': tuple(FLAGS.stop), 'stop_token_ids': stop_ids}
-  )
+  default = shared.sampling()
   if FLAGS.prompt:
     return FLAGS.prompt, [default] * len(FLAGS.prompt)
   path = Path(FLAGS.input)

@@ -14,6 +14,7 @@ FLAGS = flags.FLAGS
 COMMANDS = {
   'generate': 'continue prompts',
   'plan': 'say how a model would run, and how fast',
+  'batch': 'answer a file of requests, however long',
   'eval': 'measure how well a model predicts a text',
   'wrangle': 'match records, fill in values, find errors in tables',
   'bench': 'measure how fast a model is on random prompts',
@@ -25,7 +26,8 @@ _INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  """Runs `flexjax COMMAND --flags`; exits with 0, 2 or 130."""
+  """Runs `flexjax COMMAND --flags`; exits with 0, 2 or 130, or with what the
+  command says of its results."""
   sys.exit(_main(list(sys.argv if argv is None else argv)))
 
 
@@ -48,7 +50,7 @@ def _main(argv: list[str]) -> int:
       raise InputError(
         f"'{rest[0]}' is not a flag; flags look like --model=DIR"
       )
-    command.run()
+    code = command.run() or 0
     sys.stdout.flush()  # here, where a reader that has gone is no error
   except flags.Error as e:
     return _refuse(str(e))
@@ -60,7 +62,7 @@ def _main(argv: list[str]) -> int:
   except KeyboardInterrupt:
     print('flexjax: interrupted', file=sys.stderr)
     return _INTERRUPTED
-  return 0
+  return code
 
 
 def _refuse(message: str) -> int:

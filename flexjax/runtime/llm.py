@@ -185,10 +185,21 @@ class LLM:
     self.tokenizer = loaded.source.tokenizer
     self.on_progress: OnProgress = lambda what, done, total: None
     self.record = False
+    self._settled: tuple[int, int] | None = None
 
   @property
   def stats(self) -> Stats:
     return self._session.stats()
+
+  @property
+  def name(self) -> str:
+    """The model's, as it was given."""
+    return self._loaded.source.name
+
+  @property
+  def fingerprint(self) -> str:
+    """Tells apart models, and versions of one."""
+    return self._loaded.source.weights.fingerprint
 
   @property
   def plan(self) -> Plan:
@@ -202,26 +213,37 @@ class LLM:
     """
     return self._session.spans
 
+  def settle(self, batch_size: int, num_batches: int) -> None:
+    """Makes all later blocks this large, whether or not they are full: for
+    callers with many blocks, who compile for each size."""
+    self._settled = batch_size, num_batches
+
   def generate(
     self,
     prompts: Sequence[Prompt],
     params: SamplingParams | Sequence[SamplingParams] | None = None,
+    *,
+    least: tuple[int, int] = (0, 0),
   ) -> list[Output]:
     """Continues every prompt; returns the outputs in the prompts' order.
 
     Args:
       prompts: texts, or lists of token ids.
       params: one for all, or one for each; default `SamplingParams()`.
+      least: columns for prompts and for new tokens that blocks have at least:
+        few different ones are few compilations.
 
     Raises:
       InputError: a prompt or parameter is not valid, or nothing fits.
     """
-    return list(self.stream(prompts, params))
+    return list(self.stream(prompts, params, least=least))
 
   def stream(
     self,
     prompts: Sequence[Prompt],
     params: SamplingParams | Sequence[SamplingParams] | None = None,
+    *,
+    least: tuple[int, int] = (0, 0),
   ) -> Generator[Output, None, None]:
     """Like `generate`, but yields each block's outputs when it is done.
 
@@ -231,7 +253,7 @@ class LLM:
     each = self._params(prompts, params)
     ids = self.encode(prompts, each)
     requests = self._requests(each)
-    work = self._prepare(ids, requests)
+    work = self._prepare(ids, requests, least)
     return self._stream(prompts, ids, requests, work)
 
   def _requests(self, params: Sequence[SamplingParams]) -> list[Request]:
@@ -364,12 +386,41 @@ class LLM:
       block = next(self._blocks(ids, work))
       self._session.run(block, requests, work, lambda tokens, ended: None)
 
+  def block(
+    self,
+    prompt_len: int,
+    gen_len: int,
+    prompts: int | None = None,
+    *,
+    within: float = 1.0,
+  ) -> tuple[int, int]:
+    """Returns the batch size, and the number of batches, that the planner would
+    take together, of so many prompts or as many as one likes.
+
+    Args:
+      within: of blocks of a half, a quarter, ... of that, the smallest one that
+        keeps such a part of the throughput.
+    """
+
+    def choose(prompts):
+      request = self._request(prompt_len, gen_len, prompts)
+      return self._loaded.choose(request, self.on_progress)
+
+    best = found = choose(prompts)
+    least = within * best.prediction.throughput_tokens_per_s
+    while within < 1:
+      work = found.plan.problem.work
+      rows = work.batch_size * work.num_batches
+      smaller = choose(rows // 2) if rows > 1 else None
+      if smaller is None or smaller.prediction.throughput_tokens_per_s < least:
+        break
+      found = smaller
+    work = found.plan.problem.work
+    return work.batch_size, work.num_batches
+
   def block_size(self, prompt_len: int, gen_len: int) -> int:
-    """Returns how many prompts the planner would take together, of as many as
-    one likes."""
-    request = self._request(prompt_len, gen_len, None)
-    work = self._loaded.choose(request, self.on_progress)
-    return work.batch_size * work.num_batches
+    """Returns how many prompts these are."""
+    return math.prod(self.block(prompt_len, gen_len))
 
   def close(self) -> None:
     """Frees the tiers and deletes the run's files."""
@@ -421,11 +472,15 @@ class LLM:
     return self.tokenizer.decode(ids) if self.tokenizer else ''
 
   def _prepare(
-    self, ids: list[list[int]], requests: Sequence[Request]
+    self,
+    ids: list[list[int]],
+    requests: Sequence[Request],
+    least: tuple[int, int] = (0, 0),
   ) -> Workload:
     """Plans and loads for prompts to generate from, or to score."""
-    longest = max(map(len, ids))
+    longest = max(*map(len, ids), least[0])
     gen_len = max((r.params.max_new_tokens for r in requests), default=0)
+    gen_len = max(gen_len, least[1])
     return self._loaded.prepare(
       self._request(longest, gen_len, len(ids)),
       any(r.may_stop for r in requests),
@@ -436,6 +491,9 @@ class LLM:
     self, prompt_len: int, gen_len: int, prompts: int | None
   ) -> search.Request:
     size, batches = self._batch_size, self._num_batches
+    if self._settled is not None:
+      size, batches = self._settled
+      prompts = None
     if size is not None and prompts is not None:
       size = min(size, prompts)
     if batches is not None and prompts is not None:

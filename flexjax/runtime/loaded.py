@@ -127,10 +127,10 @@ class LoadedModel:
     self.allocate(self.plan)
     return self.plan.problem.work
 
-  def choose(self, request: Request, on_progress: OnProgress) -> Workload:
-    """Returns the workload that `prepare` would plan for; loads nothing."""
+  def choose(self, request: Request, on_progress: OnProgress) -> Choice:
+    """Returns the choice that `prepare` would make; loads nothing."""
     self._find_record(on_progress)
-    return self._choose(request, False, None).plan.problem.work
+    return self._choose(request, False, None)
 
   def _find_record(self, on_progress: OnProgress) -> None:
     if self._record is not None:

@@ -1,0 +1,341 @@
+"""A job: a file of requests, however long, to a file of results.
+
+The input goes by in windows of so many lines; a window's requests are sorted by
+length and run in blocks of one size and few shapes. Which requests share a
+block depends on the input and the block's size alone, so that a job that was
+stopped at any moment goes on with the same blocks, and ends with the same
+results.
+"""
+
+import bisect
+import dataclasses
+import hashlib
+import math
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flexjax.apps import requests
+from flexjax.apps.completions import Asked, complete
+from flexjax.apps.journal import Journal
+from flexjax.config import SamplingParams
+from flexjax.errors import InputError
+from flexjax.runtime.llm import LLM
+
+# Columns of blocks: few, and at most half as much again as is needed.
+_LADDER = sorted(n for p in range(3, 13) for n in (2**p, 3 * 2 ** (p - 1)))
+_STEPS = tuple(2**n for n in range(13))  # new tokens likewise
+_WINDOW = 4096  # lines
+_KEPT = 0.9  # of the best throughput, for blocks that are small
+
+
+@dataclasses.dataclass(kw_only=True)
+class Figures:
+  """What a job has done so far, over all of its runs.
+
+  Attributes:
+    answered, failed: requests.
+    prompt_tokens, new_tokens: of what was answered.
+    padded_tokens: columns of blocks, for prompts and new tokens.
+    engine_seconds: in which blocks ran; `seconds` is all time.
+    shapes: (prompt, new) columns of blocks -> blocks.
+  """
+
+  answered: int = 0
+  failed: int = 0
+  prompt_tokens: int = 0
+  new_tokens: int = 0
+  padded_tokens: int = 0
+  engine_seconds: float = 0.0
+  seconds: float = 0.0
+  shapes: dict[str, int] = dataclasses.field(default_factory=dict)
+
+  def to_json(self) -> dict[str, Any]:
+    """Returns plain numbers, with what follows from them."""
+    useful = self.prompt_tokens + self.new_tokens
+    waste = 1 - useful / self.padded_tokens if self.padded_tokens else 0.0
+    seconds = self.seconds
+    return dataclasses.asdict(self) | {
+      'padding_waste': waste,
+      'new_tokens_per_s': self.new_tokens / seconds if seconds else 0.0,
+      'useful_tokens_per_s': useful / seconds if seconds else 0.0,
+      'overhead': 1 - self.engine_seconds / seconds if seconds else 0.0,
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+  """What a first look at the input says: requests, and a digest of it all."""
+
+  lines: int
+  digest: str
+
+
+def survey(path: Path) -> Survey:
+  """Reads the input once, in bounded memory.
+
+  Raises:
+    InputError: it cannot be read, or has no requests.
+  """
+  digest, lines = hashlib.sha256(), 0
+  try:
+    with open(path, 'rb') as file:
+      for line in file:
+        digest.update(line)
+        lines += bool(line.strip())
+  except OSError as e:
+    raise InputError(f"--input '{path}' cannot be read: {e}") from None
+  if not lines:
+    raise InputError(f"--input '{path}' holds no requests")
+  return Survey(lines, digest.hexdigest())
+
+
+class Job:
+  """One job.
+
+  Args:
+    path: of the input.
+    default: of plain lines, for what they leave out.
+    ordered: results in the order of the input, a window at a time.
+    on_block: called after every block that was committed.
+
+  What is committed holds `form`: the dtype and bits that were settled by the
+  first block, which a run that goes on must take.
+
+  Attributes:
+    figures: what has been done.
+    stopping: set by whoever wants the job to end after the block at hand.
+  """
+
+  def __init__(
+    self,
+    llm: LLM,
+    path: Path,
+    journal: Journal,
+    *,
+    default: SamplingParams,
+    ordered: bool = False,
+    on_block: Callable[[], None] = lambda: None,
+  ):
+    self.llm, self.path, self.journal = llm, path, journal
+    self.default, self.ordered, self.on_block = default, ordered, on_block
+    self.stopping = False
+    done = journal.done or {
+      'window': 0,
+      'steps': 0,
+      'block': None,
+      'form': None,
+    }
+    self._window, self._steps = done['window'], done['steps']
+    self._block: list[int] | None = done['block']
+    self._form: dict[str, Any] | None = done['form']
+    self.figures = Figures(**done.get('figures', {}))
+    self._names = _Names()
+    self._before = self.figures.seconds
+    self._began = time.perf_counter()
+
+  def run(self) -> bool:
+    """Answers what is not answered yet; returns whether all of it is."""
+    for number, asked in enumerate(self._windows()):
+      if number < self._window:
+        continue
+      if not self._run_window(number, asked):
+        return False
+    return True
+
+  def _windows(self) -> Iterator[list[requests.Asked]]:
+    window: list[requests.Asked] = []
+    index = 0
+    with open(self.path, 'rb') as file:
+      for line in file:
+        if not line.strip():
+          continue
+        window.append(requests.parse(index, line, self.default))
+        index += 1
+        if len(window) == _WINDOW:
+          yield self._names.without_doubles(window)
+          window = []
+    if window:
+      yield self._names.without_doubles(window)
+
+  def _run_window(self, number: int, asked: list[requests.Asked]) -> bool:
+    """Runs a window's blocks; returns whether it came to its end."""
+    fit = [self._encoded(one) for one in asked]
+    refused = [one for one, _ in fit if one.error]
+    wanted = [(one, ids) for one, ids in fit if not one.error]
+    lines = {one.index: requests.refusal(one) for one in refused}
+    done = self._steps  # of this window, by an earlier run
+    if not done:
+      self.figures.failed += len(refused)
+      if not self.ordered:  # the first step: what takes no computing
+        self._commit(lines.values(), number, 1)
+      self.on_block()
+    for n, (block, size) in enumerate(self._blocks(wanted), 2):
+      if n <= done:
+        continue
+      if self.stopping:
+        return False
+      answers = self._answer(block, size)
+      if self.ordered:
+        lines |= answers
+      else:
+        self._commit(answers.values(), number, n)
+      self.on_block()
+    ordered = [lines[n] for n in sorted(lines)] if self.ordered else []
+    self._commit(ordered, number + 1, 0)
+    return True
+
+  def _commit(self, lines, window: int, steps: int) -> None:
+    now = time.perf_counter()
+    self.figures.seconds = self._before + now - self._began
+    self._window, self._steps = window, steps
+    self.journal.commit(
+      list(lines),
+      {
+        'window': window,
+        'steps': steps,
+        'block': self._block,
+        'form': self._form,
+        'figures': dataclasses.asdict(self.figures),
+      },
+    )
+
+  def _encoded(self, one: requests.Asked) -> tuple[requests.Asked, list[int]]:
+    """Returns a request's prompt as token ids, or the request refused."""
+    if one.error:
+      return one, []
+    try:
+      return one, self.llm.encode([one.prompt], [one.params])[0]
+    except InputError as e:
+      why = re.sub(r'^prompt 0: ', '', str(e))
+      why = re.sub(r'^prompt 0 ', 'the prompt ', why)
+      return one.refused(why, 'prompt'), []
+
+  def _blocks(self, wanted) -> Iterator[tuple[Any, list[int]]]:
+    """Requests of about one length together, the longest first, so that what
+    fits once fits always; and the size of their block."""
+    if not wanted:
+      return
+    ordered = sorted(
+      wanted,
+      key=lambda pair: (
+        -_rung(_LADDER, len(pair[1])),
+        -pair[0].params.max_new_tokens,
+        pair[0].index,
+      ),
+    )
+    block: list[tuple[requests.Asked, list[int]]] = []
+    size, rows = [0, 0], 0
+    for pair in ordered:
+      if block and rows + pair[0].n > math.prod(size):
+        yield block, size
+        block, rows = [], 0
+      if not block:
+        size = self._size(*self._shape(ordered, pair))
+      block.append(pair)
+      rows += pair[0].n
+    yield block, size
+
+  def _shape(self, ordered, first) -> tuple[int, int]:
+    """Columns of a block that begins with `first`: for its prompt, and for the
+    new tokens of whatever may be in it."""
+    new = max(one.params.max_new_tokens for one, _ in ordered)
+    return _rung(_LADDER, len(first[1])), _rung(_STEPS, new)
+
+  def _size(self, prompt: int, new: int) -> list[int]:
+    """Batch size, and number of batches, of blocks with so many columns.
+
+    The planner says for the first, which are the longest of the first window;
+    shorter ones are twice, or four times, as large, for as many tokens.
+    """
+    if self._block is None:
+      rows = self.llm.block(prompt, new, _WINDOW, within=_KEPT)
+      self._block = [*rows, prompt + new]
+    size, batches, columns = self._block
+    more = max(1, columns // (prompt + new))
+    return [size * 2 ** (more.bit_length() - 1), batches]
+
+  def _answer(self, block, size: list[int]) -> dict[int, str]:
+    """Runs a block; returns the lines that answer it, by index.
+
+    Args:
+      size: batch size, and number of batches.
+    """
+    prompt = _rung(_LADDER, max(len(ids) for _, ids in block))
+    new = _rung(_STEPS, max(one.params.max_new_tokens for one, _ in block))
+    asked = []
+    for one, ids in block:
+      params = one.params
+      if params.seed is None:  # not its place in the block
+        params = dataclasses.replace(params, seed=one.index)
+      asked.append(
+        Asked(
+          prompt=one.prompt if one.echo else ids,
+          params=params,
+          n=one.n,
+          logprobs=one.logprobs,
+          echo=one.echo,
+        )
+      )
+    self.llm.settle(*size)
+    began = time.perf_counter()
+    all_choices = complete(self.llm, asked, least=(prompt, new))
+    f = self.figures
+    f.engine_seconds += time.perf_counter() - began
+    if self._form is None:
+      plan = self.llm.plan
+      self._form = {
+        'dtype': plan.problem.dtype,
+        'weight_bits': plan.policy.weight_bits,
+        'cache_bits': plan.policy.cache_bits,
+      }
+    rows = sum(one.n for one in asked)
+    f.padded_tokens += rows * (prompt + new)
+    name = f'{prompt}+{new}'
+    f.shapes[name] = f.shapes.get(name, 0) + 1
+    lines = {}
+    for (one, ids), choices in zip(block, all_choices, strict=True):
+      f.answered += 1
+      f.prompt_tokens += len(ids) * one.n
+      f.new_tokens += sum(choice.completion_tokens for choice in choices)
+      lines[one.index] = requests.answer(one, choices, self.llm.name)
+    return lines
+
+
+class _Names:
+  """Which `custom_id`s there have been: 8 bytes for each."""
+
+  def __init__(self) -> None:
+    self._seen = np.zeros(0, np.uint64)
+
+  def without_doubles(
+    self, window: list[requests.Asked]
+  ) -> list[requests.Asked]:
+    """Returns a window with those refused whose name was taken before."""
+    out, mine = [], set()
+    for one in window:
+      if one.custom_id is None or not isinstance(one.custom_id, str):
+        out.append(one)
+        continue
+      digest = hashlib.blake2b(one.custom_id.encode(), digest_size=8).digest()
+      name = np.uint64(int.from_bytes(digest, 'little'))
+      at = int(np.searchsorted(self._seen, name))
+      taken = at < len(self._seen) and self._seen[at] == name
+      if taken or name in mine:
+        why = f"custom_id '{one.custom_id}' stands on an earlier line, too"
+        one = one.refused(why, 'custom_id')
+      mine.add(name)
+      out.append(one)
+    new = np.array(sorted(mine), np.uint64)
+    self._seen = np.union1d(self._seen, new)
+    return out
+
+
+def _rung(ladder: Sequence[int], length: int) -> int:
+  """The least rung that is long enough; beyond the last, the length itself."""
+  n = bisect.bisect_left(ladder, length)
+  return ladder[n] if n < len(ladder) else length

@@ -1,0 +1,86 @@
+"""What is committed stays, what is not goes; one job at a time."""
+
+import json
+
+import pytest
+
+from flexjax import InputError
+from flexjax.apps.journal import Journal, committed
+
+ABOUT = {'input': 'digest', '--seed': 3, '--stop': ('a',)}
+
+
+def test_a_job_goes_on_where_it_stopped(tmp_path):
+  path = tmp_path / 'out.jsonl'
+  assert committed(path) is None
+  journal = Journal(path, ABOUT)
+  assert journal.done is None
+  journal.commit(['{"a": 1}', '{"b": "ü"}'], {'steps': 1})
+  journal.close()
+  with open(path, 'ab') as file:  # killed while it wrote
+    file.write(b'{"c": ')
+  assert committed(path) == {'steps': 1}
+  again = Journal(path, ABOUT)
+  assert again.done == {'steps': 1}
+  again.commit(['{"c": 3}'], {'steps': 2})
+  again.close()
+  lines = [json.loads(line) for line in path.read_text('utf-8').splitlines()]
+  assert lines == [{'a': 1}, {'b': 'ü'}, {'c': 3}]
+
+
+def test_lines_without_a_commit_are_cut_off(tmp_path):
+  path = tmp_path / 'out.jsonl'
+  journal = Journal(path, ABOUT)
+  journal.commit(['1'], 1)
+  journal.close()
+  with open(path, 'a') as file:
+    file.write('2\n3\n')  # synced, but the journal had no time
+  Journal(path, ABOUT).close()
+  assert path.read_text() == '1\n'
+
+
+@pytest.mark.parametrize('name', ABOUT)
+def test_another_job_is_refused(tmp_path, name):
+  path = tmp_path / 'out.jsonl'
+  journal = Journal(path, ABOUT)
+  journal.commit(['1'], 1)
+  journal.close()
+  with pytest.raises(InputError, match=f'another {name}'):
+    Journal(path, ABOUT | {name: 'other'})
+  assert path.read_text() == '1\n'
+
+
+def test_two_jobs_on_one_output_are_refused(tmp_path):
+  path = tmp_path / 'out.jsonl'
+  journal = Journal(path, ABOUT)
+  with pytest.raises(InputError, match='another job is writing'):
+    Journal(path, ABOUT)
+  journal.close()
+  Journal(path, ABOUT).close()
+
+
+def test_results_of_something_else_are_left_alone(tmp_path):
+  path = tmp_path / 'out.jsonl'
+  path.write_text('precious\n')
+  with pytest.raises(InputError, match='not this job'):
+    Journal(path, ABOUT)
+  assert path.read_text() == 'precious\n'
+  assert not (tmp_path / 'out.jsonl.job').exists()
+
+
+def test_results_that_lost_lines_are_refused(tmp_path):
+  path = tmp_path / 'out.jsonl'
+  journal = Journal(path, ABOUT)
+  journal.commit(['1', '2'], 1)
+  journal.close()
+  path.write_text('1\n')
+  with pytest.raises(InputError, match='lost lines'):
+    Journal(path, ABOUT)
+  (tmp_path / 'out.jsonl.job').write_text('{')
+  with pytest.raises(InputError, match='cannot be read'):
+    Journal(path, ABOUT)
+
+
+def test_no_place_to_write(tmp_path):
+  with pytest.raises(InputError, match='cannot be written'):
+    Journal(tmp_path / 'absent' / 'out.jsonl', ABOUT)
