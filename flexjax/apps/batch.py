@@ -127,11 +127,11 @@ class Job:
     done = journal.done or {
       'window': 0,
       'steps': 0,
-      'block': None,
+      'sizes': {},
       'form': None,
     }
     self._window, self._steps = done['window'], done['steps']
-    self._block: list[int] | None = done['block']
+    self._sizes: dict[str, list[int]] = done['sizes']
     self._form: dict[str, Any] | None = done['form']
     self.figures = Figures(**done.get('figures', {}))
     self._names = _Names()
@@ -174,12 +174,12 @@ class Job:
       if not self.ordered:  # the first step: what takes no computing
         self._commit(lines.values(), number, 1)
       self.on_block()
-    for n, (block, size) in enumerate(self._blocks(wanted), 2):
+    for n, (block, shape, size) in enumerate(self._blocks(wanted), 2):
       if n <= done:
         continue
       if self.stopping:
         return False
-      answers = self._answer(block, size)
+      answers = self._answer(block, shape, size)
       if self.ordered:
         lines |= answers
       else:
@@ -198,7 +198,7 @@ class Job:
       {
         'window': window,
         'steps': steps,
-        'block': self._block,
+        'sizes': self._sizes,
         'form': self._form,
         'figures': dataclasses.asdict(self.figures),
       },
@@ -215,9 +215,9 @@ class Job:
       why = re.sub(r'^prompt 0 ', 'the prompt ', why)
       return one.refused(why, 'prompt'), []
 
-  def _blocks(self, wanted) -> Iterator[tuple[Any, list[int]]]:
+  def _blocks(self, wanted) -> Iterator[tuple[Any, tuple[int, int], list[int]]]:
     """Requests of about one length together, the longest first, so that what
-    fits once fits always; and the size of their block."""
+    fits once fits always; with the shape and the size of their block."""
     if not wanted:
       return
     ordered = sorted(
@@ -229,44 +229,65 @@ class Job:
       ),
     )
     block: list[tuple[requests.Asked, list[int]]] = []
-    size, rows = [0, 0], 0
+    size, shape, rows = [0, 0], (0, 0), 0
     for pair in ordered:
       if block and rows + pair[0].n > math.prod(size):
-        yield block, size
+        yield block, shape, size
         block, rows = [], 0
       if not block:
-        size = self._size(*self._shape(ordered, pair))
+        shape = self._shape(ordered, pair)
+        size = self._size(*shape)
       block.append(pair)
       rows += pair[0].n
-    yield block, size
+    yield block, shape, size
 
   def _shape(self, ordered, first) -> tuple[int, int]:
     """Columns of a block that begins with `first`: for its prompt, and for the
-    new tokens of whatever may be in it."""
+    new tokens of any request, because caches of one length take fewer
+    compilations. No more steps are made than the block's own requests want."""
     new = max(one.params.max_new_tokens for one, _ in ordered)
     return _rung(_LADDER, len(first[1])), _rung(_STEPS, new)
 
   def _size(self, prompt: int, new: int) -> list[int]:
     """Batch size, and number of batches, of blocks with so many columns.
 
-    The planner says for the first, which are the longest of the first window;
-    shorter ones are twice, or four times, as large, for as many tokens.
+    The planner says for the first, which are the longest of the first window.
+    Shorter ones are twice, or four times, as large, for as many tokens, if that
+    is expected to pay: large blocks have requests of all lengths in them, and
+    each size takes compilations.
     """
-    if self._block is None:
-      rows = self.llm.block(prompt, new, _WINDOW, within=_KEPT)
-      self._block = [*rows, prompt + new]
-    size, batches, columns = self._block
-    more = max(1, columns // (prompt + new))
-    return [size * 2 ** (more.bit_length() - 1), batches]
+    name = f'{prompt}+{new}'
+    if name not in self._sizes:
+      if not self._sizes:
+        rows = self.llm.block(prompt, new, _WINDOW, within=_KEPT)
+        self._sizes[name] = [*rows, prompt + new]
+      else:
+        self._sizes[name] = self._larger(prompt, new)
+    return self._sizes[name][:2]
 
-  def _answer(self, block, size: list[int]) -> dict[int, str]:
+  def _larger(self, prompt: int, new: int) -> list[int]:
+    size, batches, columns = next(iter(self._sizes.values()))
+
+    def rate(size: int) -> float:
+      return self.llm.rate(prompt, new, size, batches)
+
+    most = size * columns  # of a batch, in all its rows
+    while 2 * size * (prompt + new) <= most:
+      if rate(size) >= _KEPT * rate(2 * size):
+        break
+      size *= 2
+    return [size, batches, prompt + new]
+
+  def _answer(
+    self, block, shape: tuple[int, int], size: list[int]
+  ) -> dict[int, str]:
     """Runs a block; returns the lines that answer it, by index.
 
     Args:
+      shape: columns for prompts, and for new tokens.
       size: batch size, and number of batches.
     """
-    prompt = _rung(_LADDER, max(len(ids) for _, ids in block))
-    new = _rung(_STEPS, max(one.params.max_new_tokens for one, _ in block))
+    prompt, new = shape
     asked = []
     for one, ids in block:
       params = one.params
@@ -294,7 +315,8 @@ class Job:
         'cache_bits': plan.policy.cache_bits,
       }
     rows = sum(one.n for one in asked)
-    f.padded_tokens += rows * (prompt + new)
+    steps = max(one.params.max_new_tokens for one, _ in block)
+    f.padded_tokens += rows * (prompt + steps)
     name = f'{prompt}+{new}'
     f.shapes[name] = f.shapes.get(name, 0) + 1
     lines = {}

@@ -418,6 +418,23 @@ class LLM:
     work = found.plan.problem.work
     return work.batch_size, work.num_batches
 
+  def rate(
+    self, prompt_len: int, gen_len: int, batch_size: int, num_batches: int
+  ) -> float:
+    """Returns the tokens per second that such blocks are predicted to give; 0
+    where they do not fit."""
+    request = search.Request(
+      prompt_len=prompt_len,
+      gen_len=gen_len,
+      batch_size=batch_size,
+      num_batches=num_batches,
+    )
+    try:
+      choice = self._loaded.choose(request, self.on_progress)
+    except InputError:
+      return 0.0
+    return choice.prediction.throughput_tokens_per_s
+
   def block_size(self, prompt_len: int, gen_len: int) -> int:
     """Returns how many prompts these are."""
     return math.prod(self.block(prompt_len, gen_len))
