@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(ROOT.glob('experiments/*/analysis.ipynb'))
+QUICKSTART = ROOT / 'notebooks' / 'quickstart.ipynb'
 SECONDS = 60  # for each
 
 
@@ -51,7 +52,22 @@ def test_runs(path, tables, kernel, tmp_path):
   ).execute()
 
 
-@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.parent.name)
+@pytest.mark.slow
+def test_quickstart(kernel, tmp_path):
+  notebook = nbformat.read(QUICKSTART, as_version=4)
+  nbclient.NotebookClient(
+    notebook,
+    timeout=4 * SECONDS,
+    kernel_name=kernel,
+    resources={'metadata': {'path': str(tmp_path)}},
+  ).execute()
+  lines = (tmp_path / 'quickstart_output' / 'results.jsonl').read_text()
+  answers = [json.loads(line) for line in lines.splitlines()]
+  assert len(answers) == 36
+  assert all(answer['token_ids'] for answer in answers)
+
+
+@pytest.mark.parametrize('path', [*NOTEBOOKS, QUICKSTART], ids=lambda p: p.stem)
 def test_has_no_outputs(path):
   cells = json.loads(path.read_text())['cells']
   assert not [cell for cell in cells if cell.get('outputs')]

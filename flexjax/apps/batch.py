@@ -9,7 +9,6 @@ results.
 
 import bisect
 import dataclasses
-import hashlib
 import math
 import re
 import time
@@ -17,9 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from flexjax.apps import requests
+from flexjax.apps import inputs, requests
 from flexjax.apps.completions import Asked, complete
 from flexjax.apps.journal import Journal
 from flexjax.config import SamplingParams
@@ -29,7 +26,6 @@ from flexjax.runtime.llm import LLM
 # Columns of blocks: few, and at most half as much again as is needed.
 _LADDER = sorted(n for p in range(3, 13) for n in (2**p, 3 * 2 ** (p - 1)))
 _STEPS = tuple(2**n for n in range(13))  # new tokens likewise
-_WINDOW = 4096  # lines
 _KEPT = 0.9  # of the best throughput, for blocks that are small
 
 
@@ -65,33 +61,6 @@ class Figures:
       'useful_tokens_per_s': useful / seconds if seconds else 0.0,
       'overhead': 1 - self.engine_seconds / seconds if seconds else 0.0,
     }
-
-
-@dataclasses.dataclass(frozen=True)
-class Survey:
-  """What a first look at the input says: requests, and a digest of it all."""
-
-  lines: int
-  digest: str
-
-
-def survey(path: Path) -> Survey:
-  """Reads the input once, in bounded memory.
-
-  Raises:
-    InputError: it cannot be read, or has no requests.
-  """
-  digest, lines = hashlib.sha256(), 0
-  try:
-    with open(path, 'rb') as file:
-      for line in file:
-        digest.update(line)
-        lines += bool(line.strip())
-  except OSError as e:
-    raise InputError(f"--input '{path}' cannot be read: {e}") from None
-  if not lines:
-    raise InputError(f"--input '{path}' holds no requests")
-  return Survey(lines, digest.hexdigest())
 
 
 class Job:
@@ -134,33 +103,17 @@ class Job:
     self._sizes: dict[str, list[int]] = done['sizes']
     self._form: dict[str, Any] | None = done['form']
     self.figures = Figures(**done.get('figures', {}))
-    self._names = _Names()
     self._before = self.figures.seconds
     self._began = time.perf_counter()
 
   def run(self) -> bool:
     """Answers what is not answered yet; returns whether all of it is."""
-    for number, asked in enumerate(self._windows()):
+    for number, asked in enumerate(inputs.windows(self.path, self.default)):
       if number < self._window:
         continue
       if not self._run_window(number, asked):
         return False
     return True
-
-  def _windows(self) -> Iterator[list[requests.Asked]]:
-    window: list[requests.Asked] = []
-    index = 0
-    with open(self.path, 'rb') as file:
-      for line in file:
-        if not line.strip():
-          continue
-        window.append(requests.parse(index, line, self.default))
-        index += 1
-        if len(window) == _WINDOW:
-          yield self._names.without_doubles(window)
-          window = []
-    if window:
-      yield self._names.without_doubles(window)
 
   def _run_window(self, number: int, asked: list[requests.Asked]) -> bool:
     """Runs a window's blocks; returns whether it came to its end."""
@@ -259,7 +212,7 @@ class Job:
     name = f'{prompt}+{new}'
     if name not in self._sizes:
       if not self._sizes:
-        rows = self.llm.block(prompt, new, _WINDOW, within=_KEPT)
+        rows = self.llm.block(prompt, new, inputs.WINDOW, within=_KEPT)
         self._sizes[name] = [*rows, prompt + new]
       else:
         self._sizes[name] = self._larger(prompt, new)
@@ -271,6 +224,8 @@ class Job:
     def rate(size: int) -> float:
       return self.llm.rate(prompt, new, size, batches)
 
+    while prompt + new > columns and size > 1 and not rate(size):
+      size //= 2  # longer than all of the first window
     most = size * columns  # of a batch, in all its rows
     while 2 * size * (prompt + new) <= most:
       if rate(size) >= _KEPT * rate(2 * size):
@@ -326,35 +281,6 @@ class Job:
       f.new_tokens += sum(choice.completion_tokens for choice in choices)
       lines[one.index] = requests.answer(one, choices, self.llm.name)
     return lines
-
-
-class _Names:
-  """Which `custom_id`s there have been: 8 bytes for each."""
-
-  def __init__(self) -> None:
-    self._seen = np.zeros(0, np.uint64)
-
-  def without_doubles(
-    self, window: list[requests.Asked]
-  ) -> list[requests.Asked]:
-    """Returns a window with those refused whose name was taken before."""
-    out, mine = [], set()
-    for one in window:
-      if one.custom_id is None or not isinstance(one.custom_id, str):
-        out.append(one)
-        continue
-      digest = hashlib.blake2b(one.custom_id.encode(), digest_size=8).digest()
-      name = np.uint64(int.from_bytes(digest, 'little'))
-      at = int(np.searchsorted(self._seen, name))
-      taken = at < len(self._seen) and self._seen[at] == name
-      if taken or name in mine:
-        why = f"custom_id '{one.custom_id}' stands on an earlier line, too"
-        one = one.refused(why, 'custom_id')
-      mine.add(name)
-      out.append(one)
-    new = np.array(sorted(mine), np.uint64)
-    self._seen = np.union1d(self._seen, new)
-    return out
 
 
 def _rung(ladder: Sequence[int], length: int) -> int:

@@ -24,7 +24,7 @@ import rich.progress
 from absl import flags
 
 from flexjax import atomic
-from flexjax.apps import batch
+from flexjax.apps import batch, inputs
 from flexjax.apps.journal import Journal, committed
 from flexjax.cli import files, report
 from flexjax.cli import flags as shared
@@ -70,7 +70,7 @@ def run() -> int:
     raise InputError('--stats would overwrite --input or --output')
   files.check_writable('stats', FLAGS.stats)
   default = shared.sampling()
-  survey = batch.survey(source)
+  survey = inputs.survey(source)
   settings = {name: FLAGS[name].value for name in _SETTINGS}
   if (done := committed(target)) and done['form']:
     # What was left open is settled since the first block.
@@ -98,7 +98,7 @@ def run() -> int:
 
 
 def _about(
-  survey: batch.Survey,
+  survey: inputs.Survey,
   model: str,
   settings: dict[str, Any],
   default: SamplingParams,
