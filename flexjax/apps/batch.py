@@ -132,7 +132,13 @@ class Job:
         continue
       if self.stopping:
         return False
-      answers = self._answer(block, shape, size)
+      try:
+        answers = self._answer(block, shape, size)
+      except InputError as e:  # no memory for even one of them
+        answers = {
+          one.index: requests.refusal(one.refused(str(e))) for one, _ in block
+        }
+        self.figures.failed += len(answers)
       if self.ordered:
         lines |= answers
       else:
@@ -161,6 +167,9 @@ class Job:
     """Returns a request's prompt as token ids, or the request refused."""
     if one.error:
       return one, []
+    if one.logprobs is not None and self.llm.tokenizer is None:
+      why = 'log-probabilities are listed by text: the model has no tokenizer'
+      return one.refused(why, 'logprobs'), []
     try:
       return one, self.llm.encode([one.prompt], [one.params])[0]
     except InputError as e:
@@ -251,7 +260,7 @@ class Job:
       asked.append(
         Asked(
           prompt=one.prompt if one.echo else ids,
-          params=params,
+          params=None if one.silent else params,
           n=one.n,
           logprobs=one.logprobs,
           echo=one.echo,

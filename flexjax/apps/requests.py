@@ -54,6 +54,7 @@ class Asked:
     logprobs: alternatives per token whose log-probabilities are wanted; None
       for no log-probabilities at all.
     echo: the answer begins with the prompt.
+    silent: no new tokens, only the prompt is echoed, with log-probabilities.
     error: why it cannot be answered, with the field that is at fault.
   """
 
@@ -65,6 +66,7 @@ class Asked:
   n: int = 1
   logprobs: int | None = None
   echo: bool = False
+  silent: bool = False
   error: tuple[str, str | None] | None = None
 
   def refused(self, why: str, field: str | None = None) -> 'Asked':
@@ -134,6 +136,8 @@ def _openai(asked: Asked, fields: Mapping[str, Any]) -> Asked:
     _whole('logprobs', more['logprobs'], 0, MOST_LOGPROBS)
   if not isinstance(more['echo'], bool):
     raise _Fault('echo must be true or false', 'echo')
+  if silent := values['max_new_tokens'] == 0 and more['echo']:
+    values['max_new_tokens'] = 1  # which keeps a place, no more
   stop = values['stop']
   values['stop'] = (stop,) if isinstance(stop, str) else stop
   try:
@@ -143,7 +147,9 @@ def _openai(asked: Asked, fields: Mapping[str, Any]) -> Asked:
     ours, rest = str(e).split(' ', 1)
     raise _Fault(f'{names[ours]} {rest}', names[ours]) from None
   prompt = _prompt(body.get('prompt'))
-  return dataclasses.replace(asked, prompt=prompt, params=params, **more)
+  return dataclasses.replace(
+    asked, prompt=prompt, params=params, silent=silent, **more
+  )
 
 
 def _plain(

@@ -143,8 +143,14 @@ def _progress(job: batch.Job, total: int) -> Iterator[None]:
   """A bar on a terminal; elsewhere a line a minute."""
   console = rich.console.Console(stderr=True)
   if not console.is_terminal:
-    job.on_block = _logged(job, total)
-    with report.calibrating() as job.llm.on_progress:
+    log = job.on_block = _logged(job, total)
+    with report.calibrating() as told:
+
+      def on_progress(what: str, done: int, total: int) -> None:
+        told(what, done, total)
+        log()  # a block may take longer than a minute
+
+      job.llm.on_progress = on_progress
       yield
     return
   columns = (

@@ -106,6 +106,14 @@ def test_a_whole_request():
   assert (asked.n, asked.logprobs, asked.echo) == (2, 3, True)
 
 
+def test_a_prompt_may_be_echoed_alone():
+  asked = parse(body(max_tokens=0, echo=True, logprobs=0))
+  assert asked.error is None
+  assert asked.silent
+  assert parse(body(max_tokens=0)).error is not None
+  assert not parse(body(echo=True)).silent
+
+
 def test_what_is_left_out_is_as_openai_has_it():
   fields = changed(body={'prompt': ['only one'], 'seed': None})
   asked = parse(fields)

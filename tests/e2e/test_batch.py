@@ -216,6 +216,40 @@ def test_what_is_not_this_job_is_refused(whole, model, job, tmp_path):
   assert not (tmp_path / 'new.jsonl').exists()
 
 
+def test_log_probabilities_and_echo(model, tmp_path):
+  source, target = tmp_path / 'in.jsonl', tmp_path / 'out.jsonl'
+  bodies = [
+    {'prompt': 'abc', 'max_tokens': 0, 'echo': True, 'logprobs': 2},
+    {'prompt': 'abc', 'max_tokens': 3, 'temperature': 0, 'logprobs': 0},
+    {'prompt': 'abc', 'max_tokens': 3, 'temperature': 0},
+  ]
+  source.write_text(
+    '\n'.join(
+      json.dumps(
+        {
+          'custom_id': str(n),
+          'method': 'POST',
+          'url': '/v1/completions',
+          'body': body,
+        }
+      )
+      for n, body in enumerate(bodies)
+    )
+  )
+  code, stderr = run(model, source, target, '--ordered')
+  assert code == 0, stderr
+  echoed, scored, plain = (line['response']['body'] for line in results(target))
+  (choice,) = echoed['choices']
+  assert choice['text'] == 'abc'
+  assert ''.join(choice['logprobs']['tokens']) == 'abc'
+  assert choice['logprobs']['token_logprobs'][0] is None
+  assert all(len(top) >= 2 for top in choice['logprobs']['top_logprobs'][1:])
+  assert echoed['usage']['completion_tokens'] == 0
+  assert scored['choices'][0]['text'] == plain['choices'][0]['text']
+  assert all(p <= 0 for p in scored['choices'][0]['logprobs']['token_logprobs'])
+  assert plain['choices'][0]['logprobs'] is None
+
+
 def test_doubles_and_plain_lines(model, tmp_path):
   source, target = tmp_path / 'in.jsonl', tmp_path / 'out.jsonl'
   rows = [
