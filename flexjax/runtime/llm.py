@@ -292,20 +292,22 @@ class LLM:
     """Returns the log-probability of every token of every text, and whether
     it is the likeliest one.
 
+    A text may have one token more than the context: nothing follows its last.
+
     Args:
       texts: texts, or lists of token ids.
       top: how many of the likeliest tokens to name in each token's place.
 
     Raises:
-      InputError: a text is not valid or longer than the context, or `top` is
-        out of range.
+      InputError: a text is not valid or longer than that, or `top` is out of
+        range.
     """
     _refuse_string(texts)
     size = self.config.vocab_size
     if not (isinstance(top, int) and 0 <= top <= size):
       raise InputError(f'top must be between 0 and {size}, got {top!r}')
     each = [SamplingParams(max_new_tokens=1)] * len(texts)
-    ids = self.encode(texts, each, room=0)
+    ids = self.encode(texts, each, room=-1)
     work = self._prepare(ids, [])
     total = sum(map(len, ids))
     done = 0
@@ -331,7 +333,7 @@ class LLM:
     """Turns prompts into token ids and checks that each has its place.
 
     `room` is how many positions to leave, one number for all or one for each;
-    default each one's new tokens.
+    default each one's new tokens. -1 takes in a last token that is not read.
 
     Raises:
       InputError: names the first prompt that is not valid, and why.
@@ -355,9 +357,9 @@ class LLM:
       if len(ids) > limit and p.truncate_prompt:
         lead = ids[: ids[0] == self.config.bos_id]
         ids = lead + ids[len(ids) - limit + len(lead) :]
-      if len(ids) > limit and not new:
+      if len(ids) > limit and new < 1:
         raise InputError(
-          f'text {n} has {len(ids)} tokens; the context holds {limit}'
+          f'text {n} has {len(ids)} tokens; at most {limit} can be scored'
         )
       if len(ids) > limit:
         raise InputError(

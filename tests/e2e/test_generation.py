@@ -5,7 +5,7 @@ import json
 import shutil
 
 import pytest
-from conftest import greedy
+from conftest import greedy, logits_of
 
 import flexjax
 from flexjax import InputError, SamplingParams
@@ -206,8 +206,14 @@ def test_context_limit(checkpoint):
       llm.generate([[5], [*long, 5]], SamplingParams(max_new_tokens=5))
     with pytest.raises(InputError, match=r'max_new_tokens.*\b40\b'):
       llm.generate([[5]], SamplingParams(max_new_tokens=40))
-    with pytest.raises(InputError, match=r'\b41\b.*\b40\b'):
-      llm.score([[5] * 41])
+    # One more: the last token is not read.
+    ids = [*long, 5, 6, 7, 8, 9, 10]
+    [score] = llm.score([ids])
+    expected = logits_of(c.model, ids[:-1]).log_softmax(-1)
+    expected = expected[range(40), ids[1:]].numpy()
+    assert score.logprobs[1:] == pytest.approx(expected, abs=2e-4)
+    with pytest.raises(InputError, match=r'\b42\b.*\b41\b'):
+      llm.score([[5] * 42])
 
 
 def test_truncated_prompts(checkpoint):
