@@ -20,6 +20,7 @@ COMMANDS = {
   'bench': 'measure how fast a model is on random prompts',
   'convert': 'write the disk tier of a model',
   'calibrate': 'measure this machine for the planner',
+  'lm_eval': 'run tasks of lm-evaluation-harness',
 }
 _USAGE = 2  # exit code of bad input
 _INTERRUPTED = 130
@@ -41,16 +42,10 @@ def _main(argv: list[str]) -> int:
   signal.signal(signal.SIGTERM, signal.default_int_handler)
   try:
     command = importlib.import_module(f'flexjax.cli.{name}')
-    command.define()
-    if {'--help', '-h', '--helpshort', '--helpfull'} & set(argv[2:]):
-      print(_help(command))
-      return 0
-    rest = FLAGS([f'flexjax {name}', *argv[2:]])[1:]
-    if rest:
-      raise InputError(
-        f"'{rest[0]}' is not a flag; flags look like --model=DIR"
-      )
-    code = command.run() or 0
+    if hasattr(command, 'main'):  # it reads its arguments itself, --help too
+      code = command.main(argv[2:]) or 0
+    else:
+      code = _run(command, name, argv[2:])
     sys.stdout.flush()  # here, where a reader that has gone is no error
   except flags.Error as e:
     return _refuse(str(e))
@@ -63,6 +58,19 @@ def _main(argv: list[str]) -> int:
     print('flexjax: interrupted', file=sys.stderr)
     return _INTERRUPTED
   return code
+
+
+def _run(command, name: str, arguments: Sequence[str]) -> int:
+  """Reads a command's flags and runs it, or prints its help; returns the exit
+  code."""
+  command.define()
+  if {'--help', '-h', '--helpshort', '--helpfull'} & set(arguments):
+    print(_help(command))
+    return 0
+  rest = FLAGS([f'flexjax {name}', *arguments])[1:]
+  if rest:
+    raise InputError(f"'{rest[0]}' is not a flag; flags look like --model=DIR")
+  return command.run() or 0
 
 
 def _refuse(message: str) -> int:
