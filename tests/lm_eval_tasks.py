@@ -56,8 +56,8 @@ TASKS = {
       'doc_to_target': '{{text}}',
       'metric_list': [{'metric': 'bits_per_byte'}],
     },
-    # The last is longer than the context. Not much longer: `hf` adds up in
-    # float32, which has 1e-3 at some thousand tokens.
+    # The last is longer than the context. Not much longer: what both models
+    # round in float32 adds up over tokens.
     [{'text': text} for text in ('x = 1\n', *FUNCTIONS[:3], CODE[:4500])],
   ),
   'words': (
@@ -70,11 +70,11 @@ TASKS = {
     [
       {'text': text, 'word': word}
       for text, word in (
-        ('if x is not', 'None:'),
-        ('import', 'unittest'),
-        ('import', 'sys'),
-        ('for i', 'in range'),
-        ('return', 'self'),
+        ('if x is not', ' None:'),
+        ('import', ' unittest'),
+        ('import', ' sys'),
+        ('for i', ' in range'),
+        ('return', ' self'),
       )
     ],
   ),
@@ -94,7 +94,7 @@ TASKS = {
       {'prompt': text[:cut], 'answer': 'self'}
       for text, cut in zip(FUNCTIONS, range(4, 400, 40), strict=False)
     ]
-    + [{'prompt': 'def f(', 'answer': 'self'}],
+    + [{'prompt': 'def f(', 'answer': 'x)'}],
   ),
 }
 

@@ -61,4 +61,10 @@ def test_metrics(both):
     assert numbers
     for n, x in numbers.items():
       assert mine[name][n] == pytest.approx(x, rel=1e-5, abs=1e-5), n
-  assert 0.2 < mine['local_choice']['acc,none'] < 1
+  for name, figure in (
+    ('choice', 'acc'),
+    ('choice', 'acc_norm'),
+    ('words', 'acc'),
+    ('continued', 'exact_match'),
+  ):
+    assert 0 < mine[f'local_{name}'][f'{figure},none'] < 1
