@@ -13,6 +13,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ class Job:
     path: of the input.
     default: of plain lines, for what they leave out.
     ordered: results in the order of the input, a window at a time.
-    on_block: called after every block that was committed.
+    on_block: called after every block.
 
   What is committed holds `form`: the dtype and bits that were settled by the
   first block, which a run that goes on must take.
@@ -103,21 +104,39 @@ class Job:
     self._sizes: dict[str, list[int]] = done['sizes']
     self._form: dict[str, Any] | None = done['form']
     self.figures = Figures(**done.get('figures', {}))
+    self._written: Future
     self._before = self.figures.seconds
     self._began = time.perf_counter()
 
   def run(self) -> bool:
-    """Answers what is not answered yet; returns whether all of it is."""
-    for number, asked in enumerate(inputs.windows(self.path, self.default)):
-      if number < self._window:
-        continue
-      if not self._run_window(number, asked):
-        return False
-    return True
+    """Answers what is not answered yet; returns whether all of it is.
 
-  def _run_window(self, number: int, asked: list[requests.Asked]) -> bool:
+    The next window is read, and the last block written, by threads: the model
+    waits for neither.
+    """
+    windows = enumerate(inputs.windows(self.path, self.default))
+    first = self._window
+
+    def read():
+      for number, asked in windows:
+        if number >= first:
+          return number, [self._encoded(one) for one in asked]
+      return None
+
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+      self._writer, self._written = writer, writer.submit(lambda: None)
+      coming = reader.submit(read)
+      while (window := coming.result()) is not None:
+        coming = reader.submit(read)
+        if not self._run_window(*window):
+          break
+      self._written.result()
+      return window is None
+
+  def _run_window(
+    self, number: int, fit: list[tuple[requests.Asked, list[int]]]
+  ) -> bool:
     """Runs a window's blocks; returns whether it came to its end."""
-    fit = [self._encoded(one) for one in asked]
     refused = [one for one, _ in fit if one.error]
     wanted = [(one, ids) for one, ids in fit if not one.error]
     lines = {one.index: requests.refusal(one) for one in refused}
@@ -152,12 +171,14 @@ class Job:
     now = time.perf_counter()
     self.figures.seconds = self._before + now - self._began
     self._window, self._steps = window, steps
-    self.journal.commit(
+    self._written.result()  # or what went wrong with it
+    self._written = self._writer.submit(
+      self.journal.commit,
       list(lines),
       {
         'window': window,
         'steps': steps,
-        'sizes': self._sizes,
+        'sizes': dict(self._sizes),
         'form': self._form,
         'figures': dataclasses.asdict(self.figures),
       },
@@ -254,13 +275,10 @@ class Job:
     prompt, new = shape
     asked = []
     for one, ids in block:
-      params = one.params
-      if params.seed is None:  # not its place in the block
-        params = dataclasses.replace(params, seed=one.index)
       asked.append(
         Asked(
           prompt=one.prompt if one.echo else ids,
-          params=None if one.silent else params,
+          params=None if one.silent else one.params,
           n=one.n,
           logprobs=one.logprobs,
           echo=one.echo,

@@ -80,33 +80,37 @@ def parse(index: int, line: bytes, default: SamplingParams) -> Asked:
   Args:
     default: of plain lines, for what they leave out.
   """
-  asked = Asked(index=index)
+  name, batch = None, False
   try:
     fields = json.loads(line)
-  except (ValueError, RecursionError) as e:
-    return asked.refused(f'not JSON: {e}')
-  if not isinstance(fields, dict):
-    return asked.refused('not a JSON object')
-  batch = not fields.keys().isdisjoint(_OUTER[1:])
-  name = fields.get('custom_id')
-  asked = dataclasses.replace(asked, custom_id=name, batch=batch)
-  try:
-    return _openai(asked, fields) if batch else _plain(asked, fields, default)
+    if not isinstance(fields, dict):
+      raise _Fault('not a JSON object', None)
+    name = fields.get('custom_id')
+    batch = not fields.keys().isdisjoint(_OUTER[1:])
+    wanted = _openai(fields) if batch else _plain(fields, default)
+    if wanted['params'].seed is None:  # not its place in a block
+      seeded = dataclasses.replace(wanted['params'], seed=index)
+      wanted['params'] = seeded
+    return Asked(index=index, custom_id=name, batch=batch, **wanted)
   except _Fault as fault:
-    return asked.refused(*fault.args)
+    why, field = fault.args
   except InputError as e:  # of SamplingParams, which begins with the field
-    field = str(e).split(' ', 1)[0]
-    return asked.refused(str(e), field)
+    why, field = str(e), str(e).split(' ', 1)[0]
+  except (ValueError, RecursionError) as e:
+    why, field = f'not JSON: {e}', None
+  return Asked(index=index, custom_id=name, batch=batch, error=(why, field))
 
 
 class _Fault(Exception):
   """(why, field) of a line that is not right."""
 
 
-def _openai(asked: Asked, fields: Mapping[str, Any]) -> Asked:
-  if not isinstance(asked.custom_id, str) or not asked.custom_id:
+def _openai(fields: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns what of `Asked` such a line says."""
+  name = fields.get('custom_id')
+  if not isinstance(name, str) or not name:
     raise _Fault('custom_id must be text that is not empty', 'custom_id')
-  for name in fields.keys() - set(_OUTER):
+  for name in sorted(fields.keys() - set(_OUTER)):
     raise _Fault(f"unknown field '{name}'", name)
   for name, only in (('method', 'POST'), ('url', URL)):
     if fields.get(name) != only:
@@ -147,16 +151,15 @@ def _openai(asked: Asked, fields: Mapping[str, Any]) -> Asked:
     ours, rest = str(e).split(' ', 1)
     raise _Fault(f'{names[ours]} {rest}', names[ours]) from None
   prompt = _prompt(body.get('prompt'))
-  return dataclasses.replace(
-    asked, prompt=prompt, params=params, silent=silent, **more
-  )
+  return {'prompt': prompt, 'params': params, 'silent': silent, **more}
 
 
 def _plain(
-  asked: Asked, fields: Mapping[str, Any], default: SamplingParams
-) -> Asked:
+  fields: Mapping[str, Any], default: SamplingParams
+) -> dict[str, Any]:
+  """Likewise."""
   values = {k: v for k, v in fields.items() if k not in ('prompt', 'custom_id')}
-  for name in values.keys() - set(_PLAIN):
+  for name in sorted(values.keys() - set(_PLAIN)):
     raise _Fault(
       f"unknown field '{name}'; there are prompt, custom_id, "
       f'{", ".join(_PLAIN)}',
@@ -164,7 +167,7 @@ def _plain(
     )
   prompt = _prompt(fields.get('prompt'))
   params = dataclasses.replace(default, **values)
-  return dataclasses.replace(asked, prompt=prompt, params=params)
+  return {'prompt': prompt, 'params': params}
 
 
 def _prompt(value: Any) -> str | list[int]:

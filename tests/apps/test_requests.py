@@ -116,10 +116,13 @@ def test_a_prompt_may_be_echoed_alone():
 
 def test_what_is_left_out_is_as_openai_has_it():
   fields = changed(body={'prompt': ['only one'], 'seed': None})
-  asked = parse(fields)
+  asked = parse(fields, 9)
   assert asked.error is None
   assert asked.prompt == 'only one'
-  assert asked.params == SamplingParams(max_new_tokens=16, temperature=1.0)
+  # A seed of its own: what is drawn depends on no other request.
+  assert asked.params == SamplingParams(
+    max_new_tokens=16, temperature=1.0, seed=9
+  )
   assert (asked.n, asked.logprobs, asked.echo) == (1, None, False)
 
 
@@ -130,7 +133,7 @@ def test_plain_lines():
   assert asked.error is None
   assert not asked.batch
   assert asked.prompt == [5, 6]
-  assert asked.params == SamplingParams(max_new_tokens=5, stop=('x',))
+  assert asked.params == SamplingParams(max_new_tokens=5, stop=('x',), seed=3)
   for text in (
     '{"prompt": "a", "body": 1}',
     '{"prompt": "a", "max_tokens": 1}',
