@@ -1,15 +1,18 @@
 """Tasks of lm-evaluation-harness; whoever imports them is skipped without."""
 
 import json
-import os
 import warnings
 from pathlib import Path
 
 import pytest
 
-os.environ |= {'HF_HUB_OFFLINE': '1', 'HF_DATASETS_OFFLINE': '1'}
-with warnings.catch_warnings():  # what it imports is not ours to mend
+with (
+  warnings.catch_warnings(),  # what it imports is not ours to mend
+  pytest.MonkeyPatch.context() as patch,
+):
   warnings.simplefilter('ignore')
+  for name in ('HF_HUB_OFFLINE', 'HF_DATASETS_OFFLINE'):  # read at import
+    patch.setenv(name, '1')
   lm_eval = pytest.importorskip('lm_eval')
   from lm_eval.tasks import TaskManager
 

@@ -151,13 +151,7 @@ class Job:
         continue
       if self.stopping:
         return False
-      try:
-        answers = self._answer(block, shape, size)
-      except InputError as e:  # no memory for even one of them
-        answers = {
-          one.index: requests.refusal(one.refused(str(e))) for one, _ in block
-        }
-        self.figures.failed += len(answers)
+      answers = self._answered(block, shape, size)
       if self.ordered:
         lines |= answers
       else:
@@ -262,6 +256,27 @@ class Job:
         break
       size *= 2
     return [size, batches, prompt + new]
+
+  def _answered(self, block, shape, size: list[int]) -> dict[int, str]:
+    """Answers a block; in parts where there is no memory for all of it, as when
+    a job goes on with less. What does not fit alone is refused."""
+    try:
+      return self._answer(block, shape, size)
+    except InputError as e:
+      if not str(e).startswith('does not fit'):
+        raise
+      if size == [1, 1]:
+        self.figures.failed += len(block)
+        return {
+          one.index: requests.refusal(one.refused(str(e))) for one, _ in block
+        }
+    size = [-(-size[0] // 2), size[1] if size[0] > 1 else -(-size[1] // 2)]
+    room = math.prod(size)
+    lines: dict[int, str] = {}
+    for first in range(0, len(block), room):
+      part = block[first : first + room]
+      lines |= self._answered(part, shape, size)
+    return lines
 
   def _answer(
     self, block, shape: tuple[int, int], size: list[int]

@@ -157,7 +157,7 @@ def _generate(
   params = [_params(a) for a in asked]
   work = [(i, p) for i, ps in zip(prompts, params, strict=True) for p in ps]
   ids, each = [i for i, _ in work], [p for _, p in work]
-  outputs = iter(llm.generate(ids, each) if work else [])
+  outputs = iter(llm.generate(ids, each, least=least) if work else [])
   drafts = []
   for a, prompt, mine in zip(asked, prompts, params, strict=True):
     found: list[Output | None] = [next(outputs) for _ in mine]

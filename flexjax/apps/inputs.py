@@ -77,7 +77,9 @@ class _Names:
       if one.custom_id is None or not isinstance(one.custom_id, str):
         out.append(one)
         continue
-      digest = hashlib.blake2b(one.custom_id.encode(), digest_size=8).digest()
+      digest = hashlib.blake2b(
+        one.custom_id.encode('utf-8', 'surrogatepass'), digest_size=8
+      ).digest()
       name = np.uint64(int.from_bytes(digest, 'little'))
       at = int(np.searchsorted(self._seen, name))
       taken = at < len(self._seen) and self._seen[at] == name

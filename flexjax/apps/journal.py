@@ -22,22 +22,26 @@ def committed(path: Path) -> Any:
   Raises:
     InputError: the journal cannot be read.
   """
-  state = _read(_state_of(path))
+  state = _read(state_of(path))
   return state and state['done']
 
 
-def _state_of(path: Path) -> Path:
+def state_of(path: Path) -> Path:
+  """Returns where the journal of the results at `path` is."""
   return path.with_name(path.name + '.job')
 
 
 def _read(path: Path) -> Any:
   """Returns what a journal holds; None where there is none."""
   try:
-    return json.loads(path.read_text(encoding='utf-8'))
+    state = json.loads(path.read_text(encoding='utf-8'))
   except FileNotFoundError:
     return None
   except (OSError, ValueError) as e:
     raise InputError(f"'{path}' cannot be read: {e}") from None
+  if not isinstance(state, dict) or state.keys() != {'about', 'bytes', 'done'}:
+    raise InputError(f"'{path}' is no journal of a job")
+  return state
 
 
 class Journal:
@@ -57,7 +61,7 @@ class Journal:
   """
 
   def __init__(self, path: Path, about: Mapping[str, Any]):
-    self.path, self._state = path, _state_of(path)
+    self.path, self._state = path, state_of(path)
     self._about = json.loads(json.dumps(about))
     self.done: Any = None
     try:

@@ -85,7 +85,8 @@ def parse(index: int, line: bytes, default: SamplingParams) -> Asked:
     fields = json.loads(line)
     if not isinstance(fields, dict):
       raise _Fault('not a JSON object', None)
-    name = fields.get('custom_id')
+    if isinstance(fields.get('custom_id'), str):
+      name = fields['custom_id']
     batch = not fields.keys().isdisjoint(_OUTER[1:])
     wanted = _openai(fields) if batch else _plain(fields, default)
     if wanted['params'].seed is None:  # not its place in a block
@@ -165,6 +166,8 @@ def _plain(
       f'{", ".join(_PLAIN)}',
       name,
     )
+  if not isinstance(fields.get('custom_id', ''), str):
+    raise _Fault('custom_id must be text', 'custom_id')
   prompt = _prompt(fields.get('prompt'))
   params = dataclasses.replace(default, **values)
   return {'prompt': prompt, 'params': params}
@@ -206,7 +209,7 @@ def answer(asked: Asked, choices: Sequence[Any], model: str) -> str:
       'token_ids': choice.token_ids,
       'finish_reason': choice.finish_reason,
     }
-    return json.dumps(fields, ensure_ascii=False)
+    return _dump(fields)
   made = sum(choice.completion_tokens for choice in choices)
   given = choices[0].prompt_tokens
   body = {
@@ -248,7 +251,7 @@ def refusal(asked: Asked) -> str:
     fields: dict[str, Any] = {'index': asked.index}
     if asked.custom_id is not None:
       fields['custom_id'] = asked.custom_id
-    return json.dumps(fields | {'error': why}, ensure_ascii=False)
+    return _dump(fields | {'error': why})
   error = {
     'message': why,
     'type': 'invalid_request_error',
@@ -271,7 +274,17 @@ def _line(asked: Asked, status: int, body: Any, error: Any) -> str:
     },
     'error': error,
   }
-  return json.dumps(fields, ensure_ascii=False)
+  return _dump(fields)
+
+
+def _dump(fields: Mapping[str, Any]) -> str:
+  """JSON as it reads best; what no encoding has, a lone surrogate, escaped."""
+  text = json.dumps(fields, ensure_ascii=False)
+  try:
+    text.encode()
+  except UnicodeEncodeError:
+    return json.dumps(fields)
+  return text
 
 
 def _number(asked: Asked) -> str:

@@ -25,7 +25,7 @@ from absl import flags
 
 from flexjax import atomic
 from flexjax.apps import batch, inputs
-from flexjax.apps.journal import Journal, committed
+from flexjax.apps.journal import Journal, committed, state_of
 from flexjax.cli import files, report
 from flexjax.cli import flags as shared
 from flexjax.config import SamplingParams
@@ -61,14 +61,15 @@ def run() -> int:
     if not FLAGS[name].value:
       raise InputError(f'--{name} is missing')
   source, target = Path(FLAGS.input), Path(FLAGS.output)
-  if source.resolve() == target.resolve():
+  if not source.is_file():
+    raise InputError(f"--input '{source}' is not a file")
+  own = {target.resolve(), state_of(target).resolve()}
+  if source.resolve() in own:
     raise InputError('--output would overwrite --input')
-  if FLAGS.stats and Path(FLAGS.stats).resolve() in (
-    source.resolve(),
-    target.resolve(),
-  ):
+  if FLAGS.stats and Path(FLAGS.stats).resolve() in {*own, source.resolve()}:
     raise InputError('--stats would overwrite --input or --output')
-  files.check_writable('stats', FLAGS.stats)
+  for name in ('stats', 'output'):
+    files.check_writable(name, FLAGS[name].value)
   default = shared.sampling()
   survey = inputs.survey(source)
   settings = {name: FLAGS[name].value for name in _SETTINGS}

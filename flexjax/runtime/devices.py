@@ -6,6 +6,7 @@ device until `machine` is called.
 
 import dataclasses
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -47,7 +48,9 @@ class Machine:
     """Whether it runs cuDNN's attention and the kernels of `quant.kernels`."""
     device: Any = next(iter(self.device.device_set))
     capability = getattr(device, 'compute_capability', '0')
-    return self.platform == 'gpu' and float(capability) >= _FUSED_SINCE
+    if self.platform != 'gpu' or not re.fullmatch(r'[0-9.]+', capability):
+      return False  # of another make it is a name
+    return float(capability) >= _FUSED_SINCE
 
   @property
   def chunk_tokens(self) -> int:

@@ -408,6 +408,8 @@ class LLM:
       request = self._request(prompt_len, gen_len, prompts)
       return self._loaded.choose(request, self.on_progress)
 
+    if (self._batch_size, self._num_batches) != (None, None):
+      within = 1.0  # what is given is kept
     best = found = choose(prompts)
     least = within * best.prediction.throughput_tokens_per_s
     while within < 1:

@@ -57,6 +57,7 @@ BROKEN = {
     'not supported',
     'presence_penalty',
   ),
+  'a surrogate': (body(**{'\ud800': 1}), 'not supported', '\ud800'),
   'unknown': (body(colour=1), "'colour' is not supported", 'colour'),
 }
 

@@ -11,6 +11,11 @@ import numpy as np
 import pytest
 from conftest import make_checkpoint, save_tokenizer
 
+import flexjax
+from flexjax import InputError
+from flexjax.apps import batch
+from flexjax.apps.journal import Journal
+
 ENVIRONMENT = {
   **os.environ,
   'JAX_PLATFORMS': 'cpu',
@@ -18,6 +23,7 @@ ENVIRONMENT = {
   'PYTHONWARNINGS': 'ignore',
 }
 COUNT = 90
+LONELY = 'request-7'
 
 
 @pytest.fixture(scope='module')
@@ -163,6 +169,35 @@ def wait_for(ready, process):
     time.sleep(0.01)
 
 
+def test_blocks_are_parted_where_memory_is_short(
+  whole, model, job, tmp_path, monkeypatch
+):
+  """As when a job goes on with less; one that never fits is refused."""
+  complete, sizes = batch.complete, []
+
+  def short(llm, asked, **options):
+    if len(asked) > 2 or asked[0].prompt == hopeless:
+      raise InputError('does not fit: needs more')
+    sizes.append(len(asked))
+    return complete(llm, asked, **options)
+
+  first = next(line for line in results(job) if line['custom_id'] == LONELY)
+  hopeless = first['body']['prompt']
+  monkeypatch.setattr(batch, 'complete', short)
+  path = tmp_path / 'results.jsonl'
+  options = {'dtype': 'float32', 'batch_size': 4, 'num_batches': 2}
+  with flexjax.load(model, **options) as llm:
+    journal = Journal(path, {})
+    default = flexjax.SamplingParams()
+    assert batch.Job(llm, job, journal, default=default).run()
+    journal.close()
+  assert max(sizes) == 2
+  found, expected = by_name(path), by_name(whole[0])
+  assert 'does not fit' in found.pop(LONELY)['error']['message']
+  del expected[LONELY]
+  assert found == expected
+
+
 def test_in_the_order_of_the_input(whole, model, job, tmp_path):
   path = tmp_path / 'ordered.jsonl'
   assert run(model, job, path, '--ordered')[0] == 1
@@ -208,6 +243,14 @@ def test_what_is_not_this_job_is_refused(whole, model, job, tmp_path):
     assert code == 2, stderr
     assert len(stderr.strip().splitlines()) == 1, stderr
     assert path.read_bytes() == before
+  state = path.with_name('results.jsonl.job')
+  code, _ = run(model, job, path, f'--stats={state}')
+  assert code == 2
+  assert json.loads(state.read_text())['done']
+  state.write_text('{}')
+  code, stderr = run(model, job, path)
+  assert code == 2
+  assert 'no journal' in stderr
   empty = tmp_path / 'empty.jsonl'
   empty.write_text('\n')
   code, stderr = run(model, empty, tmp_path / 'new.jsonl')
@@ -258,15 +301,19 @@ def test_doubles_and_plain_lines(model, tmp_path):
     {'prompt': [5, 6, 7], 'max_new_tokens': 3, 'custom_id': 'a'},
     {'prompt': []},
     {'prompt': [10**6]},
+    {'prompt': [5], 'custom_id': '\ud800', 'max_new_tokens': 1},
+    {'prompt': [5], 'custom_id': 7},
   ]
   source.write_text('\n'.join(map(json.dumps, rows)))
   code, stderr = run(model, source, target, '--ordered')
   assert code == 1, stderr
   found = results(target)
-  assert [line['index'] for line in found] == list(range(5))
+  assert [line['index'] for line in found] == list(range(7))
   assert len(found[0]['token_ids']) <= 3
   assert found[0]['custom_id'] == 'a'
   assert len(found[1]['token_ids']) == 1
   assert 'earlier line' in found[2]['error']
   assert found[3]['error'] == 'the prompt is empty'
   assert 'outside the vocabulary' in found[4]['error']
+  assert found[5]['custom_id'] == '\ud800'
+  assert found[6]['error'] == 'custom_id must be text'
