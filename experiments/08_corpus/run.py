@@ -94,7 +94,7 @@ def kills(folder: Path) -> dict[str, Any]:
     with start(source, killed) as process:
       # Some before the first block is done, some far into the job.
       try:
-        process.wait(chance.uniform(2, seconds / 8))
+        process.wait(chance.uniform(4, 4 + seconds / 8))
       except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGKILL)
     lines.append(killed.read_bytes().count(b'\n') if killed.exists() else 0)
