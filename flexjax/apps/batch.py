@@ -288,17 +288,16 @@ class Job:
       size: batch size, and number of batches.
     """
     prompt, new = shape
-    asked = []
-    for one, ids in block:
-      asked.append(
-        Asked(
-          prompt=one.prompt if one.echo else ids,
-          params=None if one.silent else one.params,
-          n=one.n,
-          logprobs=one.logprobs,
-          echo=one.echo,
-        )
+    asked = [
+      Asked(
+        prompt=one.prompt if one.echo else ids,
+        params=None if one.silent else one.params,
+        n=one.n,
+        logprobs=one.logprobs,
+        echo=one.echo,
       )
+      for one, ids in block
+    ]
     self.llm.settle(*size)
     began = time.perf_counter()
     all_choices = complete(self.llm, asked, least=(prompt, new))

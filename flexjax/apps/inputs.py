@@ -74,7 +74,7 @@ class _Names:
     """Returns a window with those refused whose name was taken before."""
     out, mine = [], set()
     for one in window:
-      if one.custom_id is None or not isinstance(one.custom_id, str):
+      if one.custom_id is None:
         out.append(one)
         continue
       digest = hashlib.blake2b(

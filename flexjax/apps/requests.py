@@ -11,11 +11,11 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from flexjax.apps.completions import MOST_LOGPROBS
 from flexjax.config import SamplingParams
 from flexjax.errors import InputError
 
 URL = '/v1/completions'
-MOST_LOGPROBS = 5
 MOST_CHOICES = 128
 _OUTER = ('custom_id', 'method', 'url', 'body')
 # Fields of a body that change nothing here, and the values that ask for that.

@@ -139,7 +139,7 @@ def _apply(
     q, rows = module.apply(params, hidden, method='project')
     packed = codec.pack_rows(rows, waves, start, position)
     if cache is not None:
-      x = _attend(module, codec, q, rows, cache, start, position, waves)
+      x = _attend(codec, q, rows, cache, start, position, waves)
     else:
       stored = lift = None
       if reread:
@@ -166,10 +166,10 @@ def _apply(
   return jax.tree.map(join, out)
 
 
-def _attend(module, codec, q, rows, cache, start, position, waves):
+def _attend(codec, q, rows, cache, start, position, waves):
   """New tokens attend to a cache, packed or not, and to themselves."""
   if waves is None:
-    return opt.attend(q, rows, cache, start, position, fused=module.fused)
+    return opt.attend(q, rows, cache, start, position)
   if codec.fused and q.shape[2] == 1:
     found = codec.attend(q, cache, waves, start, position)
     return opt.join(q, rows, *found)
@@ -193,7 +193,7 @@ def _apply_in_place(
     )
     for name, x in cache.items()
   }
-  x = _attend(module, codec, q, rows, cache, start, position, waves)
+  x = _attend(codec, q, rows, cache, start, position, waves)
   return module.apply(params, hidden, x, method='output'), cache
 
 
