@@ -311,9 +311,9 @@ class Engine:
     self._release(j, k)
 
   def _wait(self, i: int, j: int, k: int) -> None:
-    running = self._running.pop((i, j, k), [])
-    # A cache of few layers may have been written to again.
-    jax.block_until_ready([x for x in running if not x.is_deleted()])
+    for x in self._running.pop((i, j, k), []):
+      if not x.is_deleted():  # a cache of few layers may have been again
+        x.block_until_ready()
     self.store.device.borrow(-self._due.pop((i, j, k), 0))
 
   def _release(self, j: int, k: int) -> None:

@@ -121,6 +121,12 @@ class Progress:
     # Newest token that was decided on: a batch shrinks before its first
     # layer or not at all, whatever is asked later.
     self._decided = [-1 for _ in self.rows]
+    # Of the live rows of each batch: how many tokens they want at most, and
+    # whether one may end before. The schedule asks for every cell.
+    self._until = [0 for _ in self.rows]
+    self._may_stop = [False for _ in self.rows]
+    for k in range(len(self.rows)):
+      self._look(k)
     self._stamp = time.perf_counter()
     self._steps = 0  # decode steps of a batch whose tokens are here
 
@@ -132,14 +138,14 @@ class Progress:
   def wanted(self, i: int, k: int, now: bool) -> bool:
     """Whether any request of batch k still wants token i."""
     first = now and self._decided[k] < i
-    if first and any(r.may_stop for r in self._live(k)):
+    if first and self._may_stop[k]:
       self._settle(k)
-    live = [r for r in self._live(k) if i < r.params.max_new_tokens]
     if first:
       self._decided[k] = i
+      live = [r for r in self._live(k) if i < r.params.max_new_tokens]
       if i > 0 and 0 < 2 * len(live) <= len(self.rows[k]):
         self._shrink(i, k, live)
-    return bool(live)
+    return i < self._until[k]
 
   def _live(self, k: int) -> list[Request]:
     return [r for r in self.rows[k] if r is not None and not r.reason]
@@ -150,7 +156,7 @@ class Progress:
     if i == 0:
       jax.block_until_ready(result)
       self.prefill_seconds += self._lap()
-    elif not any(r and i + 1 < r.params.max_new_tokens for r in self.rows[k]):
+    elif i + 1 >= self._until[k]:
       self._settle(k)
 
   def finish(self) -> None:
@@ -170,7 +176,13 @@ class Progress:
       self.on_token(len(live), sum(bool(r.reason) for r in live))
     self._steps += len(self._new[k])
     self._new[k] = []
+    self._look(k)
     self.decode_seconds += self._lap()
+
+  def _look(self, k: int) -> None:
+    live = self._live(k)
+    self._until[k] = max((r.params.max_new_tokens for r in live), default=0)
+    self._may_stop[k] = any(r.may_stop for r in live)
 
   def _shrink(self, i: int, k: int, live: Sequence[Request]) -> None:
     """Keeps the live rows, in a batch of half the size, a quarter, ..."""
