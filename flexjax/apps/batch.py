@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from flexjax.apps import inputs, requests
-from flexjax.apps.completions import Asked, complete
+from flexjax.apps.completions import Asked, Choice, complete
 from flexjax.apps.journal import Journal
 from flexjax.config import SamplingParams
 from flexjax.errors import InputError
@@ -27,6 +27,7 @@ from flexjax.runtime.llm import LLM
 # Columns of blocks: few, and at most half as much again as is needed.
 _LADDER = sorted(n for p in range(3, 13) for n in (2**p, 3 * 2 ** (p - 1)))
 _STEPS = tuple(2**n for n in range(13))  # new tokens likewise
+Answer = tuple[requests.Asked, list[Choice]]  # none where it is refused
 _KEPT = 0.9  # of the best throughput, for blocks that are small
 
 
@@ -137,38 +138,34 @@ class Job:
     self, number: int, fit: list[tuple[requests.Asked, list[int]]]
   ) -> bool:
     """Runs a window's blocks; returns whether it came to its end."""
-    refused = [one for one, _ in fit if one.error]
+    answers: list[Answer] = [(one, []) for one, _ in fit if one.error]
     wanted = [(one, ids) for one, ids in fit if not one.error]
-    lines = {one.index: requests.refusal(one) for one in refused}
-    done = self._steps  # of this window, by an earlier run
-    if not done:
-      self.figures.failed += len(refused)
-      if not self.ordered:  # the first step: what takes no computing
-        self._commit(lines.values(), number, 1)
-      self.on_block()
-    for n, (block, shape, size) in enumerate(self._blocks(wanted), 2):
+    done = self._steps  # blocks of this window that an earlier run has ended
+    if done:
+      answers = []
+    self.figures.failed += len(answers)
+    self.on_block()
+    for n, (block, shape, size, last) in enumerate(self._blocks(wanted), 1):
       if n <= done:
         continue
       if self.stopping:
         return False
-      answers = self._answered(block, shape, size)
-      if self.ordered:
-        lines |= answers
-      else:
-        self._commit(answers.values(), number, n)
+      answers += self._answered(block, shape, size)
+      if not last:
+        self._commit(answers, number, n)
+        answers = []
       self.on_block()
-    ordered = [lines[n] for n in sorted(lines)] if self.ordered else []
-    self._commit(ordered, number + 1, 0)
+    self._commit(answers, number + 1, 0)
     return True
 
-  def _commit(self, lines, window: int, steps: int) -> None:
+  def _commit(self, answers: list[Answer], window: int, steps: int) -> None:
     now = time.perf_counter()
     self.figures.seconds = self._before + now - self._began
     self._window, self._steps = window, steps
     self._written.result()  # or what went wrong with it
     self._written = self._writer.submit(
-      self.journal.commit,
-      list(lines),
+      self._write,
+      answers,
       {
         'window': window,
         'steps': steps,
@@ -177,6 +174,22 @@ class Job:
         'figures': dataclasses.asdict(self.figures),
       },
     )
+
+  def _write(self, answers: list[Answer], done: dict[str, Any]) -> None:
+    """Commits answers; in an ordered job those of a window together."""
+    lines = [
+      (one.index, requests.line(one, choices, self.llm.name))
+      for one, choices in answers
+    ]
+    if not self.ordered:
+      self.journal.commit([line for _, line in lines], done)
+    elif done['steps']:
+      self.journal.keep([f'{n} {line}' for n, line in lines], done)
+    else:
+      for kept in self.journal.kept():
+        n, line = kept.split(' ', 1)
+        lines.append((int(n), line))
+      self.journal.commit([line for _, line in sorted(lines)], done)
 
   def _encoded(self, one: requests.Asked) -> tuple[requests.Asked, list[int]]:
     """Returns a request's prompt as token ids, or the request refused."""
@@ -192,9 +205,12 @@ class Job:
       why = re.sub(r'^prompt 0 ', 'the prompt ', why)
       return one.refused(why, 'prompt'), []
 
-  def _blocks(self, wanted) -> Iterator[tuple[Any, tuple[int, int], list[int]]]:
+  def _blocks(
+    self, wanted
+  ) -> Iterator[tuple[Any, tuple[int, int], list[int], bool]]:
     """Requests of about one length together, the longest first, so that what
-    fits once fits always; with the shape and the size of their block."""
+    fits once fits always; with the shape and the size of their block, and
+    whether it is the last."""
     if not wanted:
       return
     ordered = sorted(
@@ -205,25 +221,22 @@ class Job:
         pair[0].index,
       ),
     )
+    # Columns for the new tokens of any request, not of the block's own: caches
+    # of one length take fewer compilations, and no more steps are made than
+    # the block's requests want.
+    new = _rung(_STEPS, max(one.params.max_new_tokens for one, _ in wanted))
     block: list[tuple[requests.Asked, list[int]]] = []
     size, shape, rows = [0, 0], (0, 0), 0
     for pair in ordered:
       if block and rows + pair[0].n > math.prod(size):
-        yield block, shape, size
+        yield block, shape, size, False
         block, rows = [], 0
       if not block:
-        shape = self._shape(ordered, pair)
+        shape = _rung(_LADDER, len(pair[1])), new
         size = self._size(*shape)
       block.append(pair)
       rows += pair[0].n
-    yield block, shape, size
-
-  def _shape(self, ordered, first) -> tuple[int, int]:
-    """Columns of a block that begins with `first`: for its prompt, and for the
-    new tokens of any request, because caches of one length take fewer
-    compilations. No more steps are made than the block's own requests want."""
-    new = max(one.params.max_new_tokens for one, _ in ordered)
-    return _rung(_LADDER, len(first[1])), _rung(_STEPS, new)
+    yield block, shape, size, True
 
   def _size(self, prompt: int, new: int) -> list[int]:
     """Batch size, and number of batches, of blocks with so many columns.
@@ -257,7 +270,7 @@ class Job:
       size *= 2
     return [size, batches, prompt + new]
 
-  def _answered(self, block, shape, size: list[int]) -> dict[int, str]:
+  def _answered(self, block, shape, size: list[int]) -> list[Answer]:
     """Answers a block; in parts where there is no memory for all of it, as when
     a job goes on with less. What does not fit alone is refused."""
     try:
@@ -267,21 +280,18 @@ class Job:
         raise
       if size == [1, 1]:
         self.figures.failed += len(block)
-        return {
-          one.index: requests.refusal(one.refused(str(e))) for one, _ in block
-        }
+        return [(one.refused(str(e)), []) for one, _ in block]
     size = [-(-size[0] // 2), size[1] if size[0] > 1 else -(-size[1] // 2)]
     room = math.prod(size)
-    lines: dict[int, str] = {}
+    answers = []
     for first in range(0, len(block), room):
-      part = block[first : first + room]
-      lines |= self._answered(part, shape, size)
-    return lines
+      answers += self._answered(block[first : first + room], shape, size)
+    return answers
 
   def _answer(
     self, block, shape: tuple[int, int], size: list[int]
-  ) -> dict[int, str]:
-    """Runs a block; returns the lines that answer it, by index.
+  ) -> list[Answer]:
+    """Runs a block.
 
     Args:
       shape: columns for prompts, and for new tokens.
@@ -315,13 +325,13 @@ class Job:
     f.padded_tokens += rows * (prompt + steps)
     name = f'{prompt}+{new}'
     f.shapes[name] = f.shapes.get(name, 0) + 1
-    lines = {}
-    for (one, ids), choices in zip(block, all_choices, strict=True):
-      f.answered += 1
-      f.prompt_tokens += len(ids) * one.n
-      f.new_tokens += sum(choice.completion_tokens for choice in choices)
-      lines[one.index] = requests.answer(one, choices, self.llm.name)
-    return lines
+    f.answered += len(block)
+    f.prompt_tokens += sum(len(ids) * one.n for one, ids in block)
+    f.new_tokens += sum(
+      choice.completion_tokens for made in all_choices for choice in made
+    )
+    each = [one for one, _ in block]
+    return list(zip(each, all_choices, strict=True))
 
 
 def _rung(ladder: Sequence[int], length: int) -> int:

@@ -3,6 +3,7 @@
 Lines are appended and synced a block at a time; what is committed stands in a
 small file beside the results, replaced whole. After a kill at any moment the
 results are cut back to what was committed, and the job goes on from there.
+Lines whose turn in the results has not come are kept aside in the same way.
 """
 
 import fcntl
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from flexjax.errors import InputError
+
+_STATE = ('about', 'bytes', 'kept', 'done')
 
 
 def committed(path: Path) -> Any:
@@ -31,6 +34,11 @@ def state_of(path: Path) -> Path:
   return path.with_name(path.name + '.job')
 
 
+def kept_of(path: Path) -> Path:
+  """Returns where lines are kept aside whose turn has not come."""
+  return path.with_name(path.name + '.job.kept')
+
+
 def _read(path: Path) -> Any:
   """Returns what a journal holds; None where there is none."""
   try:
@@ -39,7 +47,7 @@ def _read(path: Path) -> Any:
     return None
   except (OSError, ValueError) as e:
     raise InputError(f"'{path}' cannot be read: {e}") from None
-  if not isinstance(state, dict) or state.keys() != {'about', 'bytes', 'done'}:
+  if not isinstance(state, dict) or state.keys() != set(_STATE):
     raise InputError(f"'{path}' is no journal of a job")
   return state
 
@@ -48,7 +56,8 @@ class Journal:
   """The results of one job.
 
   Args:
-    path: of the results; `path`.job beside it is this journal's own.
+    path: of the results; `path`.job and `path`.job.kept beside it are
+      this journal's own.
     about: what the job is: settings, and digests of what it reads. Another job
       is refused.
 
@@ -61,7 +70,7 @@ class Journal:
   """
 
   def __init__(self, path: Path, about: Mapping[str, Any]):
-    self.path, self._state = path, state_of(path)
+    self.path, self._state, self._kept = path, state_of(path), kept_of(path)
     self._about = json.loads(json.dumps(about))
     self.done: Any = None
     try:
@@ -90,8 +99,8 @@ class Journal:
           f"'{self.path}' holds something that is not this job's: move it, or "
           'give another --output'
         )
-      self._size = 0
-      self.commit([], None)
+      self._size = self._kept_size = 0
+      self._note(None)
       return
     for name, value in self._about.items():
       if state['about'].get(name) != value:
@@ -99,31 +108,58 @@ class Journal:
           f"'{self.path}' was begun with another {name}: give the same again, "
           f"or another --output (or remove it and '{self._state}')"
         )
-    self._size, self.done = state['bytes'], state['done']
-    if size < self._size:
-      raise InputError(
-        f"'{self.path}' has lost lines: {size} bytes are left of {self._size} "
-        f"that were written; remove it and '{self._state}' to start again"
-      )
+    self._size, self._kept_size = state['bytes'], state['kept']
+    self.done = state['done']
+    aside = self._kept.stat().st_size if self._kept.exists() else 0
+    for file, left, written in (
+      (self.path, size, self._size),
+      (self._kept, aside, self._kept_size),
+    ):
+      if left < written:
+        raise InputError(
+          f"'{file}' has lost lines: {left} bytes are left of {written} that "
+          f"were written; remove '{self.path}' and '{self._state}' to start "
+          'again'
+        )
     self._file.truncate(self._size)
 
   def commit(self, lines: Sequence[str], done: Any) -> None:
-    """Appends lines, for good, with what is done when they are there.
+    """Appends lines, for good, with what is done when they are there; forgets
+    what was kept.
 
     Raises:
       OSError: they cannot be written.
     """
-    data = ''.join(line + '\n' for line in lines).encode()
-    if data:
-      self._file.write(data)
-      self._file.flush()
-      os.fsync(self._file.fileno())
-    self._size += len(data)
+    self._size += _append(self._file, lines)
+    self._kept_size = 0
+    self._note(done)
+    self._kept.unlink(missing_ok=True)
+
+  def keep(self, lines: Sequence[str], done: Any) -> None:
+    """Likewise, but keeps the lines aside.
+
+    Raises:
+      OSError: they cannot be written.
+    """
+    with open(self._kept, 'ab') as file:
+      file.truncate(self._kept_size)
+      self._kept_size += _append(file, lines)
+    self._note(done)
+
+  def kept(self) -> list[str]:
+    """Returns the lines that have been kept since the last commit."""
+    if not self._kept_size:
+      return []
+    with open(self._kept, 'rb') as file:
+      return file.read(self._kept_size).decode().split('\n')[:-1]
+
+  def _note(self, done: Any) -> None:
     self.done = done
-    state = {'about': self._about, 'bytes': self._size, 'done': done}
+    values = self._about, self._size, self._kept_size, done
+    state = dict(zip(_STATE, values, strict=True))
     new = self._state.with_name(self._state.name + '.new')
     with open(new, 'w', encoding='utf-8') as file:
-      json.dump(state, file)
+      file.write(json.dumps(state))
       file.flush()
       os.fsync(file.fileno())
     new.replace(self._state)
@@ -131,3 +167,13 @@ class Journal:
   def close(self) -> None:
     """Lets other jobs have the results."""
     self._file.close()
+
+
+def _append(file: IO[bytes], lines: Sequence[str]) -> int:
+  """Returns how many bytes there are more, which have been synced."""
+  data = ''.join(line + '\n' for line in lines).encode()
+  if data:
+    file.write(data)
+    file.flush()
+    os.fsync(file.fileno())
+  return len(data)

@@ -88,10 +88,7 @@ def parse(index: int, line: bytes, default: SamplingParams) -> Asked:
     if isinstance(fields.get('custom_id'), str):
       name = fields['custom_id']
     batch = not fields.keys().isdisjoint(_OUTER[1:])
-    wanted = _openai(fields) if batch else _plain(fields, default)
-    if wanted['params'].seed is None:  # not its place in a block
-      seeded = dataclasses.replace(wanted['params'], seed=index)
-      wanted['params'] = seeded
+    wanted = _openai(fields, index) if batch else _plain(fields, default, index)
     return Asked(index=index, custom_id=name, batch=batch, **wanted)
   except _Fault as fault:
     why, field = fault.args
@@ -106,8 +103,11 @@ class _Fault(Exception):
   """(why, field) of a line that is not right."""
 
 
-def _openai(fields: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns what of `Asked` such a line says."""
+def _openai(fields: Mapping[str, Any], index: int) -> dict[str, Any]:
+  """Returns what of `Asked` such a line says.
+
+  Where it has no seed, its number is one: its place in a block is not.
+  """
   name = fields.get('custom_id')
   if not isinstance(name, str) or not name:
     raise _Fault('custom_id must be text that is not empty', 'custom_id')
@@ -143,6 +143,8 @@ def _openai(fields: Mapping[str, Any]) -> dict[str, Any]:
     raise _Fault('echo must be true or false', 'echo')
   if silent := values['max_new_tokens'] == 0 and more['echo']:
     values['max_new_tokens'] = 1  # which keeps a place, no more
+  if values['seed'] is None:
+    values['seed'] = index
   stop = values['stop']
   values['stop'] = (stop,) if isinstance(stop, str) else stop
   try:
@@ -156,7 +158,7 @@ def _openai(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(
-  fields: Mapping[str, Any], default: SamplingParams
+  fields: Mapping[str, Any], default: SamplingParams, index: int
 ) -> dict[str, Any]:
   """Likewise."""
   values = {k: v for k, v in fields.items() if k not in ('prompt', 'custom_id')}
@@ -169,6 +171,8 @@ def _plain(
   if not isinstance(fields.get('custom_id', ''), str):
     raise _Fault('custom_id must be text', 'custom_id')
   prompt = _prompt(fields.get('prompt'))
+  if values.get('seed', default.seed) is None:
+    values['seed'] = index
   params = dataclasses.replace(default, **values)
   return {'prompt': prompt, 'params': params}
 
@@ -189,6 +193,13 @@ def _whole(name: str, value: Any, least: int, most: int) -> None:
     raise _Fault(
       f'{name} must be an integer from {least} to {most}, got {given}', name
     )
+
+
+def line(asked: Asked, choices: Sequence[Any], model: str) -> str:
+  """Returns the line of a request that was answered, or refused."""
+  if asked.error:
+    return refusal(asked)
+  return answer(asked, choices, model)
 
 
 def answer(asked: Asked, choices: Sequence[Any], model: str) -> str:

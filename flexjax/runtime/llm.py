@@ -475,18 +475,19 @@ class LLM:
       except InputError as e:
         raise InputError(f'prompt {n}: {e}') from None
     elif isinstance(prompt, list | tuple | np.ndarray) and all(
-      isinstance(token, int | np.integer) for token in prompt
+      issubclass(kind, int | np.integer) for kind in set(map(type, prompt))
     ):
-      ids = [int(token) for token in prompt]
+      ids = list(map(int, prompt))
     else:
       raise InputError(f'prompt {n} must be text or a list of token ids')
     if not ids:
       raise InputError(f'prompt {n} is empty')
     size = self.config.vocab_size
-    if bad := [token for token in ids if not 0 <= token < size]:
-      raise InputError(
-        f'prompt {n}: token id {bad[0]} is outside the vocabulary of {size}'
-      )
+    for token in (min(ids), max(ids)):
+      if not 0 <= token < size:
+        raise InputError(
+          f'prompt {n}: token id {token} is outside the vocabulary of {size}'
+        )
     return ids
 
   def _decode(self, ids: Sequence[int]) -> str:

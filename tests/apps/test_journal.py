@@ -84,3 +84,31 @@ def test_results_that_lost_lines_are_refused(tmp_path):
 def test_no_place_to_write(tmp_path):
   with pytest.raises(InputError, match='cannot be written'):
     Journal(tmp_path / 'absent' / 'out.jsonl', ABOUT)
+
+
+def test_what_is_kept_aside_survives_until_the_next_commit(tmp_path):
+  path = tmp_path / 'out.jsonl'
+  aside = tmp_path / 'out.jsonl.job.kept'
+  journal = Journal(path, ABOUT)
+  journal.keep(['3 c', '1 ü'], 1)
+  journal.close()
+  with open(aside, 'ab') as file:  # killed while it wrote
+    file.write(b'2 b')
+  again = Journal(path, ABOUT)
+  assert again.done == 1
+  again.keep(['2 b\u2028'], 2)
+  assert again.kept() == ['3 c', '1 ü', '2 b\u2028']
+  assert path.read_text() == ''
+  again.commit(['a', 'b'], 3)
+  assert again.kept() == []
+  again.close()
+  assert sorted(tmp_path.iterdir()) == [path, tmp_path / 'out.jsonl.job']
+  aside.write_text('of a kill between the two\n')
+  last = Journal(path, ABOUT)
+  assert last.kept() == []
+  last.keep(['4 d'], 4)
+  assert last.kept() == ['4 d']
+  last.close()
+  aside.write_text('')
+  with pytest.raises(InputError, match='lost lines'):
+    Journal(path, ABOUT)

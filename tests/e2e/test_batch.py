@@ -206,6 +206,44 @@ def test_in_the_order_of_the_input(whole, model, job, tmp_path):
   assert by_name(path) == by_name(whole[0])
 
 
+def test_in_order_nothing_is_done_twice(model, job, tmp_path, monkeypatch):
+  complete, asked = batch.complete, []
+
+  def counted(llm, wanted, **options):
+    asked.append(len(wanted))
+    return complete(llm, wanted, **options)
+
+  monkeypatch.setattr(batch, 'complete', counted)
+  default = flexjax.SamplingParams()
+  options = {'dtype': 'float32', 'batch_size': 4, 'num_batches': 2}
+
+  def run_once(path, blocks):
+    """Answers so many blocks of the job, or all of it."""
+    with flexjax.load(model, **options) as llm:
+      journal = Journal(path, {})
+      ordered = batch.Job(llm, job, journal, default=default, ordered=True)
+      begun = len(asked)
+
+      def on_block():
+        ordered.stopping = len(asked) - begun >= blocks
+
+      ordered.on_block = on_block
+      ended = ordered.run()
+      journal.close()
+    return ended
+
+  whole, stopped = tmp_path / 'whole.jsonl', tmp_path / 'stopped.jsonl'
+  assert run_once(whole, COUNT)
+  once = list(asked)
+  asked.clear()
+  assert not run_once(stopped, 2)
+  assert lines(stopped) == 0
+  assert not run_once(stopped, 3)
+  assert run_once(stopped, COUNT)
+  assert asked == once
+  assert stopped.read_text() == whole.read_text()
+
+
 @pytest.mark.slow
 def test_a_signal_ends_the_job_after_its_block(whole, model, job, tmp_path):
   path = tmp_path / 'results.jsonl'
