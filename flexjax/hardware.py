@@ -142,6 +142,8 @@ class Hardware:
     contention: link -> part of its busy time that computing loses.
     alone: link -> bytes of a transfer -> seconds where no other is under way;
       may lack any, which then take what `links` says.
+    fresh: likewise where the run itself has written what it reads, and the
+      system still holds it: caches and hidden states on disk.
   """
 
   name: str
@@ -163,6 +165,7 @@ class Hardware:
   dispatch: Mapping[str, float]
   contention: Mapping[str, float] = dataclasses.field(default_factory=dict)
   alone: Mapping[str, Curve] = dataclasses.field(default_factory=dict)
+  fresh: Mapping[str, Curve] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self) -> None:
     if self.platform not in PLATFORMS:
@@ -187,6 +190,7 @@ class Hardware:
       'links': self.links,
       'contention': self.contention,
       'alone': self.alone,
+      'fresh': self.fresh,
     }
     for name, table in tables.items():
       if unknown := sorted(set(table) - set(LINKS)):
@@ -194,13 +198,18 @@ class Hardware:
           f"{name} of {self.name}: '{unknown[0]}' is none of {', '.join(LINKS)}"
         )
 
-  def link(self, name: str, nbytes: float, *, alone: bool = False) -> float:
+  def link(
+    self, name: str, nbytes: float, *, alone: bool = False, fresh: bool = False
+  ) -> float:
     """Returns the seconds of one transfer; none where no link is crossed.
 
     Args:
       alone: no other transfer is under way on this link.
+      fresh: this run has written what is read.
     """
     curve = self.links.get(name)
+    if fresh:
+      curve = self.fresh.get(name, curve)
     if alone:
       curve = self.alone.get(name, curve)
     return curve(nbytes) if curve and nbytes else 0.0
@@ -251,7 +260,7 @@ class Hardware:
 
 
 _FIELDS = dataclasses.fields(Hardware)
-_OPTIONAL = {'contention', 'alone'}
+_OPTIONAL = {'contention', 'alone', 'fresh'}
 
 
 def read(path: str | Path) -> Hardware:
@@ -357,4 +366,5 @@ _READ: dict[str, Any] = {
   'dispatch': _table(_number),
   'contention': _table(_number),
   'alone': _table(_curve),
+  'fresh': _table(_curve),
 }

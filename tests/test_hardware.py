@@ -23,7 +23,7 @@ CONFIGS = Path(__file__).parent.parent / 'configs' / 'hardware'
 RECORDS = sorted(CONFIGS.glob('*.json'))
 MISSING = object()
 
-OPTIONAL = ('contention', 'alone')
+OPTIONAL = ('contention', 'alone', 'fresh')
 
 LINE = [[1, 1e-5], [1000, 1e-3]]
 FIELDS = {
@@ -46,6 +46,7 @@ FIELDS = {
   'dispatch': {'compute': 1e-4, 'read': 5e-5, 'write': 0},
   'contention': {'host_to_device': 0.1},
   'alone': {'disk_to_host': LINE},
+  'fresh': {'disk_to_host': LINE},
 }
 
 POSITIVE = st.floats(1e-9, 1e12)
@@ -172,6 +173,14 @@ def test_a_lone_transfer_may_take_its_own_time():
     assert usual == alone == 1e-3
 
 
+def test_what_a_run_has_written_may_be_read_faster():
+  fast = {'disk_to_host': [[10, 1e-9]]}
+  record = Hardware.from_json(FIELDS | {'fresh': fast})
+  assert record.link('disk_to_host', 10, fresh=True) == 1e-9
+  assert record.link('disk_to_host', 1000) == 1e-3
+  assert record.link('host_to_disk', 1000, fresh=True) == 1e-3
+
+
 def test_links_are_there_where_there_is_something_to_link():
   with pytest.raises(InputError, match='host_to_device'):
     Hardware.from_json(FIELDS | {'links': {}, 'disk_space': 0})
@@ -216,6 +225,7 @@ BROKEN = [
   ('contention', {'host_to_devise': 0.1}),
   ('contention', {'host_to_device': -0.1}),
   ('alone', {'disk_to_device': LINE}),
+  ('fresh', {'disk_to_device': LINE}),
   ('mlp', {'float32': LINE}),
   ('mlp', {'float32': {}}),
   ('mlp', {'float32': {'wide': LINE}}),

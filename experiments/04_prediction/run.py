@@ -51,8 +51,8 @@ H200 = {
   '6.7b-host-48x2-no-overlap': policy(
     '6.7b', '48x2', THERE_ALL, THERE_ALL, '--nooverlap'
   ),
-  '6.7b-row-24x2': policy(
-    '6.7b', '24x2', THERE_ALL, HERE_ALL, '--schedule=row'
+  '6.7b-row-20x2': policy(
+    '6.7b', '20x2', THERE_ALL, HERE_ALL, '--schedule=row'
   ),
   '6.7b-host-48x2-4': policy('6.7b', '48x2', THERE_ALL, THERE_ALL, *FOUR),
   '6.7b-device-72x1-4': policy('6.7b', '72x1', HERE_ALL, HERE_ALL, *FOUR),

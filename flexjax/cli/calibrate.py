@@ -110,6 +110,9 @@ def _rows(record: Hardware) -> Iterator[_Row]:
   for link, curve in record.alone.items():
     what = f'{link.replace("_", " ")}, one by one'
     yield _Row(what, curve, format_bytes, 1, 'B/s')
+  for link, curve in record.fresh.items():
+    what = f'{link.replace("_", " ")}, just written'
+    yield _Row(what, curve, format_bytes, 1, 'B/s')
   for dtype, family in record.mlp.items():
     for width, curve in family.curves:
       # Two products with 4 D^2 weights, a multiplication and an addition each.

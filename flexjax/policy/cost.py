@@ -228,7 +228,7 @@ def _weights(busy, charges: Charges, policy: Policy, share) -> None:
   problem = charges.problem
   visits = problem.work.num_batches if policy.schedule == 'row' else 1
   for size, count in Counter(problem.group_bytes).items():
-    _read(busy, charges, share, size, count * visits)
+    _read(busy, charges, share, size, count * visits, fresh=False)
 
 
 def _cache(busy, charges: Charges, policy: Policy, share, prefill) -> None:
@@ -268,10 +268,13 @@ def _hidden(busy, charges: Charges, share, prefill: bool) -> None:
   _write(busy, charges, share, size, cells)
 
 
-def _read(busy, charges: Charges, share, size, times, of_disk=1.0) -> None:
-  """Adds reads of a key: `of_disk` is the part that is read from disk."""
+def _read(
+  busy, charges: Charges, share, size, times, of_disk=1.0, fresh=True
+) -> None:
+  """Adds reads of a key: `of_disk` is the part that is read from disk, `fresh`
+  whether the run itself has written it."""
   hardware, far = charges.hardware, share['disk']
-  disk = hardware.link('disk_to_host', size * of_disk)
+  disk = hardware.link('disk_to_host', size * of_disk, fresh=fresh)
   busy['disk_to_host'] += times * share['disk'] * disk
   if not charges.problem.unified:
     far += share['host']

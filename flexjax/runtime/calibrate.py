@@ -79,7 +79,7 @@ def _measure(
   for done, (name, stage) in enumerate(stages.items()):
     on_progress('calibrate', done, len(stages))
     fields[name] = stage()
-  fields['links'], fields['alone'] = fields['links']
+  fields |= fields['links']
   on_progress('calibrate', len(stages), len(stages))
   return Hardware(
     name=_name(machine),
@@ -93,12 +93,13 @@ def _measure(
   )
 
 
-def _links(watch: Stopwatch, todo, disk_dir: Path | None):
-  disk: dict[str, Curve] = {}
-  alone: dict[str, Curve] = {}
-  if disk_dir:
-    disk, alone = links.disk_links(watch, todo, disk_dir)
-  return disk | links.host_links(watch, todo), alone
+def _links(
+  watch: Stopwatch, todo, disk_dir: Path | None
+) -> dict[str, dict[str, Curve]]:
+  """Returns the fields of a record that are about links."""
+  disk = links.disk_links(watch, todo, disk_dir) if disk_dir else {}
+  host = links.host_links(watch, todo)
+  return disk | {'links': {**disk.get('links', {}), **host}}
 
 
 def _row_write(watch: Stopwatch, todo, disk_dir: Path | None):
@@ -158,12 +159,13 @@ def _with_disk(machine: Machine, record: Hardware, disk_dir: Path) -> Hardware:
   """Measures the disk that a record says nothing of."""
   todo = points(machine.platform, quick=True)
   watch = Stopwatch(machine, todo.seconds)
-  disk, alone = links.disk_links(watch, todo, disk_dir)
+  disk = links.disk_links(watch, todo, disk_dir)
   return dataclasses.replace(
     record,
     source=f'{record.source}; disk: {_source(disk_dir, True)}',
-    links={**record.links, **disk},
-    alone={**record.alone, **alone},
+    links={**record.links, **disk['links']},
+    alone={**record.alone, **disk['alone']},
+    fresh={**record.fresh, **disk['fresh']},
     row_write={
       **record.row_write,
       'disk': links.disk_row_write(watch, todo, disk_dir),

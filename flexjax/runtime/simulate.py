@@ -244,15 +244,20 @@ class Simulator:
     self._now = self._on('dispatch', self._now, self.hardware.dispatch[what])
 
   def _copy(
-    self, link: str, ready: float, nbytes: float, seconds: float | None = None
+    self,
+    link: str,
+    ready: float,
+    nbytes: float,
+    seconds: float | None = None,
+    fresh: bool = False,
   ) -> float:
     """Moves bytes; takes `seconds`, if not what the link takes for them."""
     if seconds is None:
-      seconds = self._links.get((link, nbytes))
+      seconds = self._links.get((link, nbytes, fresh))
     if seconds is None:
       alone = not self.policy.overlap
-      seconds = self.hardware.link(link, nbytes, alone=alone)
-      self._links[link, nbytes] = seconds
+      seconds = self.hardware.link(link, nbytes, alone=alone, fresh=fresh)
+      self._links[link, nbytes, fresh] = seconds
     return self._on(link, ready, seconds, nbytes=round(nbytes))
 
   def _fetch(self, key: Key, nbytes: float, whole: int) -> None:
@@ -265,7 +270,8 @@ class Simulator:
     ready = self._written.get(key, 0.0)
     if place == 'disk':
       self._dispatch('read')
-      ready = self._copy('disk_to_host', ready, nbytes)
+      fresh = key[0] != 'weights'
+      ready = self._copy('disk_to_host', ready, nbytes, fresh=fresh)
       self._read[key] = ready
     if place != 'device' and not self.problem.unified:
       if place == 'host':

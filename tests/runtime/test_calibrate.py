@@ -66,7 +66,7 @@ def asked(measured, monkeypatch):
 def without_disk(record):
   links = {n: c for n, c in record.links.items() if 'disk' not in n}
   return dataclasses.replace(
-    record, links=links, disk_space=0, contention={}, alone={}
+    record, links=links, disk_space=0, contention={}, alone={}, fresh={}
   )
 
 
@@ -84,7 +84,7 @@ def curves(value):
 def test_every_field_is_measured(measured):
   record = measured.record
   assert set(record.links) == {'disk_to_host', 'host_to_disk'}
-  assert set(record.alone) == {'disk_to_host'}
+  assert set(record.alone) == set(record.fresh) == {'disk_to_host'}
   assert set(record.mlp) == {'float32', 'bfloat16'}
   assert set(record.prefill_attention) == set(record.mlp)
   assert set(record.decode_attention) == set(record.mlp)

@@ -191,6 +191,22 @@ def test_a_lone_read_takes_its_own_time():
   assert lone - ahead == pytest.approx(WEIGHTS / 1e9, rel=0.1)
 
 
+def test_what_a_run_has_written_is_read_at_its_own_rate():
+  slow = {'disk_to_host': rate(1e6)}
+  usual = made(disk_to_host=1e11)
+  hardware = dataclasses.replace(usual, fresh=slow)
+  for policy, differs in (
+    ({'weights': DISK}, False),
+    ({'cache': DISK}, True),
+    ({'hidden': DISK}, True),
+  ):
+    steps = [step(predict(plan(policy), h)) for h in (usual, hardware)]
+    if differs:
+      assert steps[1] > 2 * steps[0], policy
+    else:
+      assert steps[1] == steps[0], policy
+
+
 # The same charges as in the cost model.
 
 PLACES = {

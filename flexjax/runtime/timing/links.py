@@ -82,39 +82,44 @@ def _one_more(watch: Stopwatch, transfer: Callable[[], object]) -> float:
 
 def disk_links(
   watch: Stopwatch, points: Points, disk_dir: Path
-) -> tuple[dict[str, Curve], dict[str, Curve]]:
-  """Seconds of reads and writes below `disk_dir`, which is left as it was; and
-  of reads when no other is under way.
+) -> dict[str, dict[str, Curve]]:
+  """Seconds of reads and writes below `disk_dir`, which is left as it was: the
+  tables `links`, `alone` and `fresh` of a record.
 
   A read ends where a run computes with it. Files are in the page cache, as in
-  a run whose disk tier fits in it, and got there by being read: what has just
+  a run whose disk tier fits in it, and got there by being read; what has just
   been written lies in larger pages, and is read up to twice as fast.
 
   Raises:
     InputError: `disk_dir` cannot be written.
   """
-  reads, alone, writes = [], [], []
+  reads, alone, fresh, writes = [], [], [], []
   room = devices.free_disk(disk_dir) // (2 * _AT_ONCE)
   with _disk_tier(watch, disk_dir) as tier:
     for n, width in enumerate(points.disk_widths):
       if not n or 12 * width * width * 4 <= room:
-        size, several, one = _disk_read(watch, tier, width, points.cold_bytes)
+        size, new, several, one = _disk_read(
+          watch, tier, width, points.cold_bytes
+        )
         reads.append((size, several))
         alone.append((size, one))
+        fresh.append((size, new))
     for n, nbytes in enumerate(points.disk_writes):
       if not n or nbytes <= room:
         writes.append((nbytes, _disk_write(watch, tier, nbytes)))
-  return (
-    {'disk_to_host': rising(reads), 'host_to_disk': rising(writes)},
-    {'disk_to_host': rising(alone)},
-  )
+  return {
+    'links': {'disk_to_host': rising(reads), 'host_to_disk': rising(writes)},
+    'alone': {'disk_to_host': rising(alone)},
+    'fresh': {'disk_to_host': rising(fresh)},
+  }
 
 
 def _disk_read(
   watch: Stopwatch, tier: DiskTier, width: int, cold: int
-) -> tuple[int, float, float]:
+) -> tuple[int, float, float, float]:
   """Bytes of a layer's weights of width D, and the seconds of one of many that
-  are read one after another: with as many under way as a run has, and alone."""
+  are read one after another: with as many under way as a run has, when they
+  have just been written and when they have been read in, and alone."""
   specs = Format('float32').specs(layers.config(width))[2:4]
   size = sum(map(spec_bytes, specs)) // 2
   count = min(max(2 * _AT_ONCE, cold // size), _MOST_KEYS)
@@ -136,20 +141,21 @@ def _disk_read(
     for read in under_way:
       _arrive(read)
 
-  _forget(tier.root)
-  read_all(_AT_ONCE)  # from the disk; the next one is slow, too
-  several, alone = (
-    watch.wall(
+  def timed(at_once: int) -> float:
+    return watch.wall(
       functools.partial(read_all, at_once),
       lambda done: None,
       patience=_READ_PATIENCE,
     )
-    for at_once in (_AT_ONCE, 1)
-  )
+
+  fresh = timed(_AT_ONCE)
+  _forget(tier.root)
+  read_all(_AT_ONCE)  # from the disk; the next one is slow, too
+  several, alone = timed(_AT_ONCE), timed(1)
   for key in keys:
     tier.free(key)
     shutil.rmtree(tier.root / '.'.join(map(str, key)))
-  return size, several / count, alone / count
+  return size, fresh / count, several / count, alone / count
 
 
 def _forget(root: Path) -> None:
