@@ -126,7 +126,7 @@ class Simulator:
     self._shared = [self.problem.share and self._shares(i) for i in (0, 1)]
     self._kinds = [kind for kind, _ in self.problem.layers]
     self._rates: dict[tuple[str, bool], tuple[float, float]] = {}
-    self._links: dict[tuple[str, float], float] = {}
+    self._links: dict[tuple[str, float, bool], float] = {}
     self._cache_bytes = plan.problem.cache_bytes
     both = (True, False)  # prefill, decode
     self._row_bytes = {
