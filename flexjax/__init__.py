@@ -3,7 +3,8 @@
 from flexjax.config import Policy, SamplingParams
 from flexjax.errors import InputError
 from flexjax.runtime.generate import Output
-from flexjax.runtime.llm import LLM, Score, load
+from flexjax.runtime.llm import LLM, load
+from flexjax.runtime.scores import Score
 
 __all__ = [
   'LLM',

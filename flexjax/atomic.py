@@ -1,14 +1,20 @@
 """Files that are written whole or not at all."""
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
 
-def write(path: str | Path, parts: Iterable[str]) -> None:
+def write(
+  path: str | Path, parts: Iterable[str], *, sync: bool = False
+) -> None:
   """Writes a text file; one that was there stays until the new one is whole.
 
   What a link points to is written; what is no file, such as a device or a
   pipe, is written to as it is.
+
+  Args:
+    sync: it is on the disk, under its name, when this returns.
 
   Raises:
     OSError: it cannot be written.
@@ -22,7 +28,21 @@ def write(path: str | Path, parts: Iterable[str]) -> None:
   try:
     with open(new, 'w', encoding='utf-8') as file:
       file.writelines(parts)
+      if sync:
+        file.flush()
+        os.fsync(file.fileno())
     new.replace(path)
+    if sync:
+      sync_directory(path.parent)
   except BaseException:
     new.unlink(missing_ok=True)
     raise
+
+
+def sync_directory(path: Path) -> None:
+  """Makes names that have come or gone last."""
+  number = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(number)
+  finally:
+    os.close(number)

@@ -1,7 +1,8 @@
 """Does a job of many requests survive, stay small, and waste little?
 
 `kills`: a job is killed at random moments and goes on; its results against
-those of a job that nothing stopped. `flat`: resident memory over many short
+those of a job that nothing stopped. `ordered`: the same, with results in the
+input's order. `flat`: resident memory over many short
 requests. `ragged`: useful tokens per second on lengths of all kinds, against
 blocks in the input's order padded to the longest. All with the bundled model.
 """
@@ -24,9 +25,8 @@ import flexjax
 from experiments import common
 from flexjax.config import SamplingParams
 
-_PARTS = flags.DEFINE_list(
-  'parts', ['kills', 'flat', 'ragged'], 'kills, flat, ragged.'
-)
+_NAMES = ['kills', 'ordered', 'flat', 'ragged']
+_PARTS = flags.DEFINE_list('parts', _NAMES, ', '.join(_NAMES))
 _COMMIT = flags.DEFINE_string('commit', '', 'Commit that is measured.')
 _RESULTS = flags.DEFINE_string(
   'results', str(Path(__file__).parent), 'Folder of the tables.'
@@ -77,34 +77,41 @@ def start(source: Path, target: Path, *more: str) -> subprocess.Popen:
   return subprocess.Popen(command, stderr=subprocess.DEVNULL)
 
 
+def committed(path: Path) -> int:
+  """Lines that are there, or kept aside until it is their turn."""
+  files = path, path.with_name(path.name + '.job.kept')
+  return sum(f.read_bytes().count(b'\n') for f in files if f.exists())
+
+
 def results(path: Path) -> list[dict[str, Any]]:
   return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def kills(folder: Path) -> dict[str, Any]:
+def kills(folder: Path, *more: str) -> dict[str, Any]:
   count = _REQUESTS.value or 2000
   source = write(folder / 'in.jsonl', ragged_requests(count))
   whole, killed = folder / 'whole.jsonl', folder / 'killed.jsonl'
   began = time.time()
-  assert start(source, whole).wait() == 0
+  assert start(source, whole, *more).wait() == 0
   seconds = time.time() - began
   chance = random.Random(_SEED.value)
-  lines = []
+  lines, at_work = [], 0
   for _ in range(_KILLS.value):
-    with start(source, killed) as process:
-      # Some before the first block is done, some far into the job.
+    with start(source, killed, *more) as process:
+      # Some before a block is done, some in the midst of several.
       try:
-        process.wait(chance.uniform(4, 4 + seconds / 8))
+        process.wait(chance.uniform(2, 6 + seconds / 14))
       except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGKILL)
-    lines.append(killed.read_bytes().count(b'\n') if killed.exists() else 0)
-  assert start(source, killed).wait() == 0
+        at_work += 1
+    lines.append(committed(killed))
+  assert start(source, killed, *more).wait() == 0
   expected = {r['custom_id']: r for r in results(whole)}
   found = results(killed)
   names = [r['custom_id'] for r in found]
   return {
     'requests': count,
-    'kills': _KILLS.value,
+    'kills': at_work,
     'lines_at_kills': ' '.join(map(str, lines)),
     'answered_twice': len(names) - len(set(names)),
     'missing': len(set(expected) - set(names)),
@@ -196,9 +203,12 @@ def main(argv: list[str]) -> None:
   for part in _PARTS.value:
     gflops = common.cpu_gflops()
     with tempfile.TemporaryDirectory() as folder:
-      fields = {'kills': kills, 'flat': flat, 'ragged': ragged}[part](
-        Path(folder)
-      )
+      fields = {
+        'kills': kills,
+        'ordered': lambda folder: kills(folder, '--ordered'),
+        'flat': flat,
+        'ragged': ragged,
+      }[part](Path(folder))
     fields = {'commit': _COMMIT.value, **fields, 'cpu_gflops': gflops}
     common.append(Path(_RESULTS.value) / f'{part}.csv', fields)
 

@@ -74,8 +74,9 @@ class Job:
     ordered: results in the order of the input, a window at a time.
     on_block: called after every block.
 
-  What is committed holds `form`: the dtype and bits that were settled by the
-  first block, which a run that goes on must take.
+  What is committed holds `form`: dtype, bits and place of attention that were
+  settled by the first block, which a run that goes on must take: where they
+  differ, so may results.
 
   Attributes:
     figures: what has been done.
@@ -199,10 +200,11 @@ class Job:
       why = 'log-probabilities are listed by text: the model has no tokenizer'
       return one.refused(why, 'logprobs'), []
     try:
-      return one, self.llm.encode([one.prompt], [one.params])[0]
+      room = 0 if one.silent else None
+      return one, self.llm.encode([one.prompt], [one.params], room)[0]
     except InputError as e:
       why = re.sub(r'^prompt 0: ', '', str(e))
-      why = re.sub(r'^prompt 0 ', 'the prompt ', why)
+      why = re.sub(r'^(prompt|text) 0 ', 'the prompt ', why)
       return one.refused(why, 'prompt'), []
 
   def _blocks(
@@ -319,6 +321,7 @@ class Job:
         'dtype': plan.problem.dtype,
         'weight_bits': plan.policy.weight_bits,
         'cache_bits': plan.policy.cache_bits,
+        'attention': plan.policy.attention,
       }
     rows = sum(one.n for one in asked)
     steps = max(one.params.max_new_tokens for one, _ in block)

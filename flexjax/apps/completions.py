@@ -13,7 +13,9 @@ from flexjax.config import SamplingParams
 from flexjax.data.tokenizer import UNKNOWN, Tokenizer
 from flexjax.errors import InputError
 from flexjax.runtime.generate import Output
-from flexjax.runtime.llm import LLM, Prompt, Score
+from flexjax.runtime.llm import LLM
+from flexjax.runtime.prompts import Prompt
+from flexjax.runtime.scores import Score
 
 MOST_LOGPROBS = 5
 _REASONS = {'eos': 'stop', 'stop': 'stop', 'length': 'length'}

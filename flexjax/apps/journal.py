@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from flexjax import atomic
 from flexjax.errors import InputError
 
 _STATE = ('about', 'bytes', 'kept', 'done')
@@ -157,12 +158,7 @@ class Journal:
     self.done = done
     values = self._about, self._size, self._kept_size, done
     state = dict(zip(_STATE, values, strict=True))
-    new = self._state.with_name(self._state.name + '.new')
-    with open(new, 'w', encoding='utf-8') as file:
-      file.write(json.dumps(state))
-      file.flush()
-      os.fsync(file.fileno())
-    new.replace(self._state)
+    atomic.write(self._state, [json.dumps(state)], sync=True)
 
   def close(self) -> None:
     """Lets other jobs have the results."""

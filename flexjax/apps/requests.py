@@ -24,10 +24,10 @@ _NEUTRAL: dict[str, Callable[[Any], bool]] = {
   'user': lambda value: isinstance(value, str),
   'stream': lambda value: value is False,
   'suffix': lambda value: value == '',
-  'presence_penalty': lambda value: value == 0,
-  'frequency_penalty': lambda value: value == 0,
+  'presence_penalty': lambda value: value == 0 and value is not False,
+  'frequency_penalty': lambda value: value == 0 and value is not False,
   'logit_bias': lambda value: value == {},
-  'best_of': lambda value: value == 1,
+  'best_of': lambda value: value == 1 and value is not True,
 }
 # Fields of SamplingParams by what OpenAI calls them, with its defaults.
 _BODY = {

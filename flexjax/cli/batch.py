@@ -34,7 +34,7 @@ from flexjax.errors import InputError
 FLAGS = flags.FLAGS
 _FAILED, _STOPPED = 1, 130
 _LOG_SECONDS = 60
-_SETTLED = ('dtype', 'weight_bits', 'cache_bits')
+_SETTLED = ('dtype', 'weight_bits', 'cache_bits', 'attention')
 # What results depend on, beside input and model.
 _SETTINGS = (*_SETTLED, 'group_size', 'rounding', 'allow_lossy', 'ordered')
 

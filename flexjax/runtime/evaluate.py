@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from flexjax.data.tokenizer import Tokenizer
 from flexjax.errors import InputError
-from flexjax.runtime.llm import Score
+from flexjax.runtime.scores import Score
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,8 +11,6 @@ from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from flexjax.config import (
   Policy,
   SamplingParams,
@@ -29,36 +27,13 @@ from flexjax.policy.plan import Plan
 from flexjax.runtime import devices, sources
 from flexjax.runtime.generate import Output, Request
 from flexjax.runtime.loaded import LoadedModel, OnProgress
+from flexjax.runtime.prompts import Encoder, Prompt, params_of, refuse_string
+from flexjax.runtime.scores import Score
 from flexjax.runtime.session import Session
 from flexjax.runtime.stats import Stats
 from flexjax.runtime.timeline import Span
 
-Prompt = str | Sequence[int]
 _COLUMNS = 8  # prompt lengths are rounded up to it, to compile less often
-
-
-@dataclasses.dataclass(frozen=True)
-class Score:
-  """Log-probabilities of one text.
-
-  Attributes:
-    index: its number among the texts, from 0.
-    token_ids: its tokens, a leading `</s>` included.
-    logprobs: natural logarithm of each token's probability given those
-      before it; None for the first, which has none before it.
-    greedy: whether each token is the likeliest one given those before it;
-      None for the first.
-    top: of each token, the likeliest ones in its place, best first, as (id,
-      log-probability); None for the first. Empty unless asked for.
-  """
-
-  index: int
-  token_ids: list[int]
-  logprobs: list[float | None]
-  greedy: list[bool | None]
-  top: list[list[tuple[int, float]] | None] = dataclasses.field(
-    default_factory=list
-  )
 
 
 def load(
@@ -183,6 +158,7 @@ class LLM:
     self._batch_size, self._num_batches = batch_size, num_batches
     self.config = loaded.source.config
     self.tokenizer = loaded.source.tokenizer
+    self._encoder = Encoder(self.config, self.tokenizer, self.name)
     self.on_progress: OnProgress = lambda what, done, total: None
     self.record = False
     self._settled: tuple[int, int] | None = None
@@ -250,7 +226,7 @@ class LLM:
     Everything is checked, planned and loaded before this returns. A model
     runs one stream at a time: another call ends those still open.
     """
-    each = self._params(prompts, params)
+    each = params_of(prompts, params)
     ids = self.encode(prompts, each)
     requests = self._requests(each)
     work = self._prepare(ids, requests, least)
@@ -302,7 +278,7 @@ class LLM:
       InputError: a text is not valid or longer than that, or `top` is out of
         range.
     """
-    _refuse_string(texts)
+    refuse_string(texts)
     size = self.config.vocab_size
     if not (isinstance(top, int) and 0 <= top <= size):
       raise InputError(f'top must be between 0 and {size}, got {top!r}')
@@ -319,7 +295,7 @@ class LLM:
             if n >= 0:
               tail = slice(block.start[k, row], -1)
               mine = [x[row, tail].tolist() for x in found]
-              scores.append(_score(n, ids[n], *mine))
+              scores.append(Score.of(n, ids[n], *mine))
               done += len(ids[n])
         self.on_progress('score', done, total)
     return scores
@@ -338,37 +314,7 @@ class LLM:
     Raises:
       InputError: names the first prompt that is not valid, and why.
     """
-    if len(prompts) == 0:
-      raise InputError('there are no prompts')
-    if room is None:
-      room = [p.max_new_tokens for p in params]
-    elif isinstance(room, int):
-      room = [room] * len(prompts)
-    encoded = []
-    each = zip(prompts, params, room, strict=True)
-    for n, (prompt, p, new) in enumerate(each):
-      ids = self._encode(n, prompt)
-      limit = self.config.max_positions - new
-      if limit < 1:
-        raise InputError(
-          f'prompt {n}: max_new_tokens {new} leaves no place for a prompt in '
-          f'a context of {self.config.max_positions}'
-        )
-      if len(ids) > limit and p.truncate_prompt:
-        lead = ids[: ids[0] == self.config.bos_id]
-        ids = lead + ids[len(ids) - limit + len(lead) :]
-      if len(ids) > limit and new < 1:
-        raise InputError(
-          f'text {n} has {len(ids)} tokens; at most {limit} can be scored'
-        )
-      if len(ids) > limit:
-        raise InputError(
-          f'prompt {n} has {len(ids)} tokens; with {new} new ones the context '
-          f'of {self.config.max_positions} holds {limit}: shorten it, ask for '
-          'fewer new tokens, or set truncate_prompt'
-        )
-      encoded.append(ids)
-    return encoded
+    return self._encoder.encode(prompts, params, room)
 
   def warm_up(
     self,
@@ -376,7 +322,7 @@ class LLM:
     params: SamplingParams | Sequence[SamplingParams] | None = None,
   ) -> None:
     """Loads and compiles for such prompts: two tokens of the first block."""
-    each = self._params(prompts, params)
+    each = params_of(prompts, params)
     ids = self.encode(prompts, each)
     work = self._prepare(ids, self._requests(each))
     short = [
@@ -453,43 +399,6 @@ class LLM:
   def __exit__(self, *exc) -> None:
     self.close()
 
-  def _params(self, prompts, params) -> list[SamplingParams]:
-    _refuse_string(prompts)
-    if params is None or isinstance(params, SamplingParams):
-      return [params or SamplingParams()] * len(prompts)
-    if len(params) != len(prompts):
-      raise InputError(
-        f'{len(params)} sampling parameters for {len(prompts)} prompts'
-      )
-    return list(params)
-
-  def _encode(self, n: int, prompt: Prompt) -> list[int]:
-    if isinstance(prompt, str):
-      if self.tokenizer is None:
-        raise InputError(
-          f'prompt {n} is text, but {self._loaded.source.name} has no '
-          'tokenizer: give lists of token ids'
-        )
-      try:
-        ids = self.tokenizer.encode(prompt)
-      except InputError as e:
-        raise InputError(f'prompt {n}: {e}') from None
-    elif isinstance(prompt, list | tuple | np.ndarray) and all(
-      issubclass(kind, int | np.integer) for kind in set(map(type, prompt))
-    ):
-      ids = list(map(int, prompt))
-    else:
-      raise InputError(f'prompt {n} must be text or a list of token ids')
-    if not ids:
-      raise InputError(f'prompt {n} is empty')
-    size = self.config.vocab_size
-    for token in (min(ids), max(ids)):
-      if not 0 <= token < size:
-        raise InputError(
-          f'prompt {n}: token id {token} is outside the vocabulary of {size}'
-        )
-    return ids
-
   def _decode(self, ids: Sequence[int]) -> str:
     return self.tokenizer.decode(ids) if self.tokenizer else ''
 
@@ -537,27 +446,3 @@ class LLM:
       prompt_len=work.prompt_len,
       pad_id=self.config.pad_id,
     )
-
-
-def _refuse_string(prompts: Sequence[Prompt]) -> None:
-  if isinstance(prompts, str):
-    raise InputError('prompts must be a list of prompts, not one string')
-
-
-def _score(
-  n: int,
-  ids: list[int],
-  logprobs: list[float],
-  greedy: list[bool],
-  best: list[list[int]] | None = None,
-  best_logprobs: list[list[float]] | None = None,
-) -> Score:
-  """Makes a score of what is known of every token but the first.
-
-  `best` and `best_logprobs` are of the likeliest tokens in its place.
-  """
-  top: list[list[tuple[int, float]] | None] = []
-  if best is not None and best_logprobs is not None:
-    pairs = zip(best, best_logprobs, strict=True)
-    top = [None, *(list(zip(*pair, strict=True)) for pair in pairs)]
-  return Score(n, ids, [None, *logprobs], [None, *greedy], top)

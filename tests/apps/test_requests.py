@@ -57,6 +57,12 @@ BROKEN = {
     'not supported',
     'presence_penalty',
   ),
+  'no number': (
+    body(presence_penalty=False),
+    'not supported',
+    'presence_penalty',
+  ),
+  'no number either': (body(best_of=True), 'not supported', 'best_of'),
   'a surrogate': (body(**{'\ud800': 1}), 'not supported', '\ud800'),
   'unknown': (body(colour=1), "'colour' is not supported", 'colour'),
 }

@@ -303,6 +303,8 @@ def test_log_probabilities_and_echo(model, tmp_path):
     {'prompt': 'abc', 'max_tokens': 0, 'echo': True, 'logprobs': 2},
     {'prompt': 'abc', 'max_tokens': 3, 'temperature': 0, 'logprobs': 0},
     {'prompt': 'abc', 'max_tokens': 3, 'temperature': 0},
+    {'prompt': [5] * 40, 'max_tokens': 0, 'echo': True, 'logprobs': 0},
+    {'prompt': [5] * 41, 'max_tokens': 0, 'echo': True, 'logprobs': 0},
   ]
   source.write_text(
     '\n'.join(
@@ -318,8 +320,13 @@ def test_log_probabilities_and_echo(model, tmp_path):
     )
   )
   code, stderr = run(model, source, target, '--ordered')
-  assert code == 0, stderr
-  echoed, scored, plain = (line['response']['body'] for line in results(target))
+  assert code == 1, stderr
+  echoed, scored, plain, whole, beyond = (
+    line['response']['body'] for line in results(target)
+  )
+  (choice,) = whole['choices']
+  assert len(choice['logprobs']['token_logprobs']) == 40  # all of the context
+  assert 'at most 40' in beyond['error']['message']
   (choice,) = echoed['choices']
   assert choice['text'] == 'abc'
   assert ''.join(choice['logprobs']['tokens']) == 'abc'

@@ -10,7 +10,7 @@ from flexjax.data.tokenizer import Tokenizer
 from flexjax.errors import InputError
 from flexjax.runtime import evaluate
 from flexjax.runtime.evaluate import Example
-from flexjax.runtime.llm import Score
+from flexjax.runtime.scores import Score
 from flexjax.runtime.sources import BUNDLED
 
 BOS = 2
