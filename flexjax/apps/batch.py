@@ -136,11 +136,11 @@ class Job:
       return window is None
 
   def _run_window(
-    self, number: int, fit: list[tuple[requests.Asked, list[int]]]
+    self, number: int, fit: list[tuple[requests.Asked, Asked | None]]
   ) -> bool:
     """Runs a window's blocks; returns whether it came to its end."""
-    answers: list[Answer] = [(one, []) for one, _ in fit if one.error]
-    wanted = [(one, ids) for one, ids in fit if not one.error]
+    answers: list[Answer] = [(one, []) for one, asked in fit if not asked]
+    wanted = [(one, asked) for one, asked in fit if asked]
     done = self._steps  # blocks of this window that an earlier run has ended
     if done:
       answers = []
@@ -192,20 +192,30 @@ class Job:
         lines.append((int(n), line))
       self.journal.commit([line for _, line in sorted(lines)], done)
 
-  def _encoded(self, one: requests.Asked) -> tuple[requests.Asked, list[int]]:
-    """Returns a request's prompt as token ids, or the request refused."""
+  def _encoded(
+    self, one: requests.Asked
+  ) -> tuple[requests.Asked, Asked | None]:
+    """Returns a request with what is asked of the model, its prompt as token
+    ids; or refused."""
     if one.error:
-      return one, []
+      return one, None
     if one.logprobs is not None and self.llm.tokenizer is None:
       why = 'log-probabilities are listed by text: the model has no tokenizer'
-      return one.refused(why, 'logprobs'), []
+      return one.refused(why, 'logprobs'), None
     try:
       room = 0 if one.silent else None
-      return one, self.llm.encode([one.prompt], [one.params], room)[0]
+      (ids,) = self.llm.encode([one.prompt], [one.params], room)
     except InputError as e:
       why = re.sub(r'^prompt 0: ', '', str(e))
       why = re.sub(r'^(prompt|text) 0 ', 'the prompt ', why)
-      return one.refused(why, 'prompt'), []
+      return one.refused(why, 'prompt'), None
+    return one, Asked(
+      prompt=ids,
+      params=None if one.silent else one.params,
+      n=one.n,
+      logprobs=one.logprobs,
+      echo=one.echo,
+    )
 
   def _blocks(
     self, wanted
@@ -218,7 +228,7 @@ class Job:
     ordered = sorted(
       wanted,
       key=lambda pair: (
-        -_rung(_LADDER, len(pair[1])),
+        -_rung(_LADDER, len(pair[1].prompt)),
         -pair[0].params.max_new_tokens,
         pair[0].index,
       ),
@@ -227,14 +237,14 @@ class Job:
     # of one length take fewer compilations, and no more steps are made than
     # the block's requests want.
     new = _rung(_STEPS, max(one.params.max_new_tokens for one, _ in wanted))
-    block: list[tuple[requests.Asked, list[int]]] = []
+    block: list[tuple[requests.Asked, Asked]] = []
     size, shape, rows = [0, 0], (0, 0), 0
     for pair in ordered:
       if block and rows + pair[0].n > math.prod(size):
         yield block, shape, size, False
         block, rows = [], 0
       if not block:
-        shape = _rung(_LADDER, len(pair[1])), new
+        shape = _rung(_LADDER, len(pair[1].prompt)), new
         size = self._size(*shape)
       block.append(pair)
       rows += pair[0].n
@@ -300,16 +310,7 @@ class Job:
       size: batch size, and number of batches.
     """
     prompt, new = shape
-    asked = [
-      Asked(
-        prompt=one.prompt if one.echo else ids,
-        params=None if one.silent else one.params,
-        n=one.n,
-        logprobs=one.logprobs,
-        echo=one.echo,
-      )
-      for one, ids in block
-    ]
+    each, asked = zip(*block, strict=True)
     self.llm.settle(*size)
     began = time.perf_counter()
     all_choices = complete(self.llm, asked, least=(prompt, new))
@@ -324,16 +325,15 @@ class Job:
         'attention': plan.policy.attention,
       }
     rows = sum(one.n for one in asked)
-    steps = max(one.params.max_new_tokens for one, _ in block)
+    steps = max(one.params.max_new_tokens for one in each)
     f.padded_tokens += rows * (prompt + steps)
     name = f'{prompt}+{new}'
     f.shapes[name] = f.shapes.get(name, 0) + 1
     f.answered += len(block)
-    f.prompt_tokens += sum(len(ids) * one.n for one, ids in block)
+    f.prompt_tokens += sum(len(one.prompt) * one.n for one in asked)
     f.new_tokens += sum(
       choice.completion_tokens for made in all_choices for choice in made
     )
-    each = [one for one, _ in block]
     return list(zip(each, all_choices, strict=True))
 
 
