@@ -32,6 +32,7 @@ _TASTE = 1e-4  # how much a higher tier is liked where time does not decide
 # Of the time that resources are busy beside the busiest: what is hidden in
 # theory is not in a run, where one thing waits for another.
 _HIDDEN = 0.03
+_HIGHEST = {'device': 1.0, 'host': 0.0, 'disk': 0.0}
 _VARIABLES = tuple((name, tier) for name in CLASSES for tier in TIERS)
 _EXACT = 1e-9
 
@@ -230,6 +231,11 @@ def solve(
   """
   charges = Charges(problem, hardware)
   steps = max(0, problem.work.gen_len - 1)
+  limits = budgets or problem.budgets
+  highest = {name: (settled or {}).get(name, _HIGHEST) for name in CLASSES}
+  takes = _seconds(charges, policy, highest, limits)
+  if takes is not None and takes <= (max_latency or math.inf):
+    return highest, takes  # nothing crosses a link that need not: the least
   count = len(_VARIABLES)
   rows: list[np.ndarray] = []
   bounds: list[float] = []
@@ -257,9 +263,8 @@ def solve(
       at_most(coefficients, mine, -fixed_part)
     hidden += _HIDDEN * (1 if prefill else steps) * matrix.sum(axis=0)
     matrix, constant = _linear(nbytes)
-    limits = [(budgets or problem.budgets)[tier] for tier in TIERS]
-    for c, fixed_part, limit in zip(matrix, constant, limits, strict=True):
-      at_most(c / 2**30, [0.0, 0.0], (limit - fixed_part) / 2**30)
+    for c, fixed_part, tier in zip(matrix, constant, TIERS, strict=True):
+      at_most(c / 2**30, [0.0, 0.0], (limits[tier] - fixed_part) / 2**30)
   if max_latency is not None:
     at_most(np.zeros(count), [1.0, steps], max_latency)
   worst = max(-b for b in bounds if b <= 0) if any(b < 0 for b in bounds) else 1
@@ -288,6 +293,26 @@ def solve(
   for (name, tier), value in zip(_VARIABLES, x, strict=False):
     shares[name][tier] = float(min(max(value, 0.0), 1.0))
   return shares, float(x[-2] + steps * x[-1])
+
+
+def _seconds(
+  charges: Charges,
+  policy: Policy,
+  shares: cost.Shares,
+  limits: Mapping[str, float],
+) -> float | None:
+  """Seconds of a block by some fractions; None if they do not fit."""
+  seconds = 0.0
+  steps = max(0, charges.problem.work.gen_len - 1)
+  for prefill, times in ((True, 1), (False, steps)):
+    if not times:
+      continue
+    peak = cost.peak_bytes(charges.problem, policy, shares, prefill)
+    if any(peak[tier] > limits[tier] for tier in TIERS):
+      return None
+    busy = cost.step_seconds(charges, policy, shares, prefill).values()
+    seconds += times * (max(busy) if policy.overlap else sum(busy))
+  return seconds
 
 
 def _range(problem, name, tier, settled) -> tuple[float, float]:

@@ -123,6 +123,25 @@ def test_no_point_of_the_grid_is_better(case):
   assert took <= best * (1 + _TASTE)
 
 
+@pytest.mark.parametrize('overlap', [True, False])
+@pytest.mark.parametrize('unified', [True, False])
+@pytest.mark.parametrize('attention', ['device', 'host'])
+def test_the_program_agrees_where_all_fits_high_up(
+  attention, unified, overlap, monkeypatch
+):
+  p = problem(unified=unified)
+  policy = Policy(prefetch_depth=1, attention=attention, overlap=overlap)
+  hardware = machine(**SLOW, unified=unified)
+  host = {'cache': {'device': 0.0, 'host': 1.0, 'disk': 0.0}}
+  settled = host if attention == 'host' else {}
+  at, seconds = solve(p, policy, hardware, settled=settled)
+  monkeypatch.setattr('flexjax.policy.search._seconds', lambda *args: None)
+  by_program, expected = solve(p, policy, hardware, settled=settled)
+  assert seconds == pytest.approx(expected, rel=1e-6)
+  for name in CLASSES:
+    assert at[name] == pytest.approx(by_program[name], abs=1e-6)
+
+
 def test_time_being_equal_all_is_on_the_device():
   hardware = machine(**SLOW)
   # Rows that go to the device cost it time, and those that go elsewhere none.
