@@ -6,6 +6,7 @@ import tempfile
 
 import pytest
 
+import flexjax
 from flexjax import hardware
 from flexjax.runtime import calibrate, devices
 from tests.machines import machine
@@ -22,3 +23,18 @@ def known_machine():
   hardware.write(calibrate.cache_path(here), record)
   yield record
   shutil.rmtree(CACHE, ignore_errors=True)
+
+
+@pytest.fixture(scope='module')
+def llm():
+  """The bundled model."""
+  with flexjax.load(dtype='float32', batch_size=4) as llm:
+    yield llm
+
+
+@pytest.fixture(scope='session')
+def reference():
+  """The same as transformers runs it."""
+  from tests.apps import completed  # imports torch
+
+  return completed.reference()

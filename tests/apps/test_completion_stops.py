@@ -4,10 +4,8 @@ import dataclasses
 
 import pytest
 
-import flexjax
 from flexjax.apps.completions import Asked, complete
 from flexjax.config import SamplingParams
-from tests.apps import completed
 from tests.apps.completed import (
   PROMPT,
   TOLERANCE,
@@ -15,17 +13,6 @@ from tests.apps.completed import (
   logprobs_of,
   one,
 )
-
-
-@pytest.fixture(scope='module')
-def llm():
-  with flexjax.load(dtype='float32', batch_size=4) as llm:
-    yield llm
-
-
-@pytest.fixture(scope='module')
-def reference():
-  return completed.reference()
 
 
 def stops(llm, count):

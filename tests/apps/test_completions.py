@@ -10,7 +10,6 @@ import flexjax
 from flexjax.apps.completions import Asked, complete
 from flexjax.config import SamplingParams
 from flexjax.errors import InputError
-from tests.apps import completed
 from tests.apps.completed import (
   PROMPT,
   TOLERANCE,
@@ -18,17 +17,6 @@ from tests.apps.completed import (
   logprobs_of,
   one,
 )
-
-
-@pytest.fixture(scope='module')
-def llm():
-  with flexjax.load(dtype='float32', batch_size=4) as llm:
-    yield llm
-
-
-@pytest.fixture(scope='module')
-def reference():
-  return completed.reference()
 
 
 @pytest.mark.parametrize('k', [0, 1, 5])

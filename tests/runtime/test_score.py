@@ -8,19 +8,7 @@ import pytest
 import flexjax
 from flexjax.errors import InputError
 from flexjax.policy import volume
-from tests.apps import completed
 from tests.apps.completed import TOLERANCE, logprobs_of
-
-
-@pytest.fixture(scope='module')
-def llm():
-  with flexjax.load(dtype='float32', batch_size=4) as llm:
-    yield llm
-
-
-@pytest.fixture(scope='module')
-def reference():
-  return completed.reference()
 
 
 def test_score_names_the_likeliest(llm, reference):

@@ -9,12 +9,6 @@ import flexjax
 PARAMS = flexjax.SamplingParams(max_new_tokens=3)
 
 
-@pytest.fixture
-def llm():
-  with flexjax.load(dtype='float32') as llm:
-    yield llm
-
-
 def test_the_collector_looks_away_while_a_block_runs_and_no_longer(llm):
   counts = []
 
