@@ -131,4 +131,5 @@ def evaluate(tasks, model, options, names=tuple(TASKS)):
 
 
 def close(mine, theirs):
-  assert mine == pytest.approx(theirs, abs=1e-3)
+  # Its sums are in 32 bits: those of thousands of nats are no more exact.
+  assert mine == pytest.approx(theirs, abs=1e-3, rel=3e-7)
