@@ -1,5 +1,6 @@
 """Files that are written whole or not at all."""
 
+import errno
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -40,9 +41,13 @@ def write(
 
 
 def sync_directory(path: Path) -> None:
-  """Makes names that have come or gone last."""
+  """Makes names that have come or gone last, where the system can be asked to;
+  some file systems of networks cannot."""
   number = os.open(path, os.O_RDONLY)
   try:
     os.fsync(number)
+  except OSError as e:
+    if e.errno not in (errno.EINVAL, errno.ENOTSUP):
+      raise
   finally:
     os.close(number)

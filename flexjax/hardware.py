@@ -208,11 +208,14 @@ class Hardware:
       fresh: this run has written what is read.
     """
     curve = self.links.get(name)
-    if fresh:
-      curve = self.fresh.get(name, curve)
-    if alone:
-      curve = self.alone.get(name, curve)
-    return curve(nbytes) if curve and nbytes else 0.0
+    if not curve or not nbytes:
+      return 0.0
+    usual = curve(nbytes)
+    seconds = self.fresh.get(name, curve)(nbytes) if fresh else usual
+    if alone and name in self.alone:
+      # What is fresh takes as much longer one by one as what is not.
+      seconds *= self.alone[name](nbytes) / usual
+    return seconds
 
   def knows(self, dtype: str) -> bool:
     """Whether it says how fast `dtype` is computed with."""

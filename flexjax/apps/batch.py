@@ -27,8 +27,9 @@ from flexjax.runtime.llm import LLM
 # Columns of blocks: few, and at most half as much again as is needed.
 _LADDER = sorted(n for p in range(3, 13) for n in (2**p, 3 * 2 ** (p - 1)))
 _STEPS = tuple(2**n for n in range(13))  # new tokens likewise
-Answer = tuple[requests.Asked, list[Choice]]  # none where it is refused
-_KEPT = 0.9  # of the best throughput, for blocks that are small
+_ENOUGH = 0.9  # of the best throughput, for blocks that are small
+# A request and its choices, of which one that is refused has none.
+Answer = tuple[requests.Asked, list[Choice]]
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -261,7 +262,7 @@ class Job:
     name = f'{prompt}+{new}'
     if name not in self._sizes:
       if not self._sizes:
-        rows = self.llm.block(prompt, new, inputs.WINDOW, within=_KEPT)
+        rows = self.llm.block(prompt, new, inputs.WINDOW, within=_ENOUGH)
         self._sizes[name] = [*rows, prompt + new]
       else:
         self._sizes[name] = self._larger(prompt, new)
@@ -277,7 +278,7 @@ class Job:
       size //= 2  # longer than all of the first window
     most = size * columns  # of a batch, in all its rows
     while 2 * size * (prompt + new) <= most:
-      if rate(size) >= _KEPT * rate(2 * size):
+      if rate(size) >= _ENOUGH * rate(2 * size):
         break
       size *= 2
     return [size, batches, prompt + new]

@@ -9,7 +9,8 @@ Lines whose turn in the results has not come are kept aside in the same way.
 import fcntl
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -74,6 +75,7 @@ class Journal:
     self.path, self._state, self._kept = path, state_of(path), kept_of(path)
     self._about = json.loads(json.dumps(about))
     self.done: Any = None
+    self._failed = False
     try:
       self._file: IO[bytes] = open(path, 'ab')  # noqa: SIM115 (see `close`)
     except OSError as e:
@@ -101,7 +103,7 @@ class Journal:
           'give another --output'
         )
       self._size = self._kept_size = 0
-      self._note(None)
+      self._note(0, 0, None)
       return
     for name, value in self._about.items():
       if state['about'].get(name) != value:
@@ -129,23 +131,21 @@ class Journal:
     what was kept.
 
     Raises:
-      OSError: they cannot be written.
+      OSError: they cannot be written, or some before could not.
     """
-    self._size += _append(self._file, lines)
-    self._kept_size = 0
-    self._note(done)
-    self._kept.unlink(missing_ok=True)
+    with self._whole():
+      self._note(self._size + _append(self._file, lines), 0, done)
+      self._kept.unlink(missing_ok=True)
 
   def keep(self, lines: Sequence[str], done: Any) -> None:
     """Likewise, but keeps the lines aside.
 
     Raises:
-      OSError: they cannot be written.
+      OSError: they cannot be written, or some before could not.
     """
-    with open(self._kept, 'ab') as file:
+    with self._whole(), open(self._kept, 'ab') as file:
       file.truncate(self._kept_size)
-      self._kept_size += _append(file, lines)
-    self._note(done)
+      self._note(self._size, self._kept_size + _append(file, lines), done)
 
   def kept(self) -> list[str]:
     """Returns the lines that have been kept since the last commit."""
@@ -154,11 +154,19 @@ class Journal:
     with open(self._kept, 'rb') as file:
       return file.read(self._kept_size).decode().split('\n')[:-1]
 
-  def _note(self, done: Any) -> None:
-    self.done = done
-    values = self._about, self._size, self._kept_size, done
-    state = dict(zip(_STATE, values, strict=True))
+  @contextmanager
+  def _whole(self) -> Iterator[None]:
+    """Lets nothing be written behind what may be half a write."""
+    if self._failed:
+      raise OSError(f"'{self.path}' could not be written before: open it anew")
+    self._failed = True
+    yield
+    self._failed = False
+
+  def _note(self, size: int, kept_size: int, done: Any) -> None:
+    state = dict(zip(_STATE, (self._about, size, kept_size, done), strict=True))
     atomic.write(self._state, [json.dumps(state)], sync=True)
+    self._size, self._kept_size, self.done = size, kept_size, done
 
   def close(self) -> None:
     """Lets other jobs have the results."""

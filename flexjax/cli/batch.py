@@ -47,7 +47,8 @@ def define() -> None:
   flags.DEFINE_string(
     'output',
     None,
-    'File of results, JSONL; OUTPUT.job beside it says how far the job is.',
+    'File of results, JSONL; OUTPUT.job and .job.kept beside it hold how far '
+    'the job is.',
   )
   flags.DEFINE_bool(
     'ordered',

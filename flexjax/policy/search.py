@@ -235,7 +235,9 @@ def solve(
   highest = {name: (settled or {}).get(name, _HIGHEST) for name in CLASSES}
   takes = _seconds(charges, policy, highest, limits)
   if takes is not None and takes <= (max_latency or math.inf):
-    return highest, takes  # nothing crosses a link that need not: the least
+    # The least: nothing crosses a link that need not. (Were rows written faster
+    # into a host cache than into a device's, it would not be; none are.)
+    return highest, takes
   count = len(_VARIABLES)
   rows: list[np.ndarray] = []
   bounds: list[float] = []

@@ -34,6 +34,7 @@ _TOTALS = (
   'scored_tokens',
   'first_tokens',
 )
+_NEVER = 2**31 - 1  # of younger collections, before a full one
 _SIZE_FUNCTIONS = 6  # compiled anew for a new batch size
 
 
@@ -156,18 +157,10 @@ class Session:
     """
     self._check_current(work)
     began = time.perf_counter()
-    results: dict[int, tuple[jax.Array, ...]] = {}
-
-    class Collect:
-      def took(self, i: int, k: int, result: Any) -> None:
-        results[k] = result
-
-      def wanted(self, i: int, k: int, now: bool) -> bool:
-        return bool((block.index[k] >= 0).any())
-
+    collect = _Collect(block)
     batches = [self._batch(block, k, None, top) for k in range(len(block.ids))]
-    self._execute(Collect(), batches, work, 1)
-    scores = jax.device_get(results)
+    self._execute(collect, batches, work, 1)
+    scores = jax.device_get(collect.results)
     self._blocks += 1
     self._totals['prefill_seconds'] += time.perf_counter() - began
     real = block.index >= 0
@@ -196,7 +189,7 @@ class Session:
     if (recorder := self.loaded.engine.store.recorder) is not None:
       todo = recorder.dispatched(todo)
     try:
-      with jax.transfer_guard('disallow'), _collecting_little():
+      with jax.transfer_guard('disallow'), _full_collections_later():
         self.loaded.engine.run(todo, batches, work.prompt_len, decoding)
     except BaseException:
       self.loaded.forget_state()
@@ -242,17 +235,30 @@ class Session:
     return saved > cost
 
 
-@contextmanager
-def _collecting_little() -> Iterator[None]:
-  """Lets Python's cyclic collector look at nothing that is older than this.
+class _Collect:
+  """Takes a block's scores in; no class of its own for every block, because
+  classes are cycles, which keep what they refer to until they are collected."""
 
-  All of JAX's objects take it 0.1 s: six decode steps of a small model.
-  """
-  mine = not gc.get_freeze_count()
-  if mine:
-    gc.freeze()
+  def __init__(self, block: Block):
+    self.block = block
+    self.results: dict[int, tuple[jax.Array, ...]] = {}
+
+  def took(self, i: int, k: int, result: Any) -> None:
+    self.results[k] = result
+
+  def wanted(self, i: int, k: int, now: bool) -> bool:
+    return bool((self.block.index[k] >= 0).any())
+
+
+@contextmanager
+def _full_collections_later() -> Iterator[None]:
+  """Puts off what takes Python's cyclic collector longest, looking at all
+  objects: JAX's take 0.1 s, six decode steps of a small model."""
+  before = gc.get_threshold()
   try:
+    if before[2] != _NEVER:  # else another run's
+      gc.set_threshold(*before[:2], _NEVER)
     yield
   finally:
-    if mine:
-      gc.unfreeze()
+    if before[2] != _NEVER:
+      gc.set_threshold(*before)

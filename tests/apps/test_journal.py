@@ -1,6 +1,9 @@
 """What is committed stays, what is not goes; one job at a time."""
 
+import errno
 import json
+import os
+import stat
 
 import pytest
 
@@ -112,3 +115,43 @@ def test_what_is_kept_aside_survives_until_the_next_commit(tmp_path):
   aside.write_text('')
   with pytest.raises(InputError, match='lost lines'):
     Journal(path, ABOUT)
+
+
+def test_nothing_is_written_behind_what_failed(tmp_path, monkeypatch):
+  path = tmp_path / 'out.jsonl'
+  journal = Journal(path, ABOUT)
+  journal.commit(['a'], 1)
+
+  def full(number):
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+  with monkeypatch.context() as patch:
+    patch.setattr(os, 'fsync', full)
+    with pytest.raises(OSError, match='No space'):
+      journal.commit(['b'], 2)
+  assert journal.done == 1
+  for write in (journal.commit, journal.keep):
+    with pytest.raises(OSError, match='before'):
+      write(['c'], 3)
+  journal.close()
+  again = Journal(path, ABOUT)
+  assert again.done == 1
+  again.commit(['b'], 2)
+  again.close()
+  assert path.read_text() == 'a\nb\n'
+
+
+def test_a_file_system_may_not_sync_directories(tmp_path, monkeypatch):
+  fsync = os.fsync
+
+  def files_only(number):
+    if stat.S_ISDIR(os.fstat(number).st_mode):
+      raise OSError(errno.EINVAL, 'Invalid argument')
+    fsync(number)
+
+  monkeypatch.setattr(os, 'fsync', files_only)
+  path = tmp_path / 'out.jsonl'
+  journal = Journal(path, ABOUT)
+  journal.commit(['a'], 1)
+  journal.close()
+  assert path.read_text() == 'a\n'
