@@ -209,6 +209,9 @@ class Job:
     except InputError as e:
       why = re.sub(r'^prompt 0: ', '', str(e))
       why = re.sub(r'^(prompt|text) 0 ', 'the prompt ', why)
+      if one.batch:  # whose fields have other names
+        why = why.replace('max_new_tokens', 'max_tokens')
+        why = why.replace(', or set truncate_prompt', '')
       return one.refused(why, 'prompt'), None
     return one, Asked(
       prompt=ids,
@@ -256,8 +259,8 @@ class Job:
 
     The planner says for the first, which are the longest of the first window.
     Shorter ones are twice, or four times, as large, for as many tokens, if that
-    is expected to pay: large blocks have requests of all lengths in them, and
-    each size takes compilations.
+    is expected to pay and no size was given: large blocks have requests of all
+    lengths in them, and each size takes compilations.
     """
     name = f'{prompt}+{new}'
     if name not in self._sizes:
@@ -277,7 +280,7 @@ class Job:
     while prompt + new > columns and size > 1 and not rate(size):
       size //= 2  # longer than all of the first window
     most = size * columns  # of a batch, in all its rows
-    while 2 * size * (prompt + new) <= most:
+    while not self.llm.batch_size and 2 * size * (prompt + new) <= most:
       if rate(size) >= _ENOUGH * rate(2 * size):
         break
       size *= 2

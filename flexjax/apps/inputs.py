@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,20 +49,33 @@ def windows(path: Path, default: SamplingParams) -> Iterator[list[Asked]]:
   Args:
     default: of plain lines, for what they leave out.
   """
-  names = _Names()
+  names, like = _Names(), _is_batch(path)
   window: list[Asked] = []
   index = 0
   with open(path, 'rb') as file:
     for line in file:
       if not line.strip():
         continue
-      window.append(requests.parse(index, line, default))
+      window.append(requests.parse(index, line, default, like))
       index += 1
       if len(window) == WINDOW:
         yield names.without_doubles(window)
         window = []
   if window:
     yield names.without_doubles(window)
+
+
+def _is_batch(path: Path) -> bool:
+  """Whether the first line that is an object is one of OpenAI's."""
+  with open(path, 'rb') as file:
+    for line in file:
+      try:
+        fields = json.loads(line)
+      except (ValueError, RecursionError):
+        continue
+      if isinstance(fields, dict):
+        return requests.is_batch(fields)
+  return False
 
 
 class _Names:

@@ -7,8 +7,10 @@ Lines whose turn in the results has not come are kept aside in the same way.
 """
 
 import fcntl
+import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import IO, Any
 from flexjax import atomic
 from flexjax.errors import InputError
 
-_STATE = ('about', 'bytes', 'kept', 'done')
+_STATE = ('about', 'bytes', 'kept', 'check', 'done')
 
 
 def committed(path: Path) -> Any:
@@ -49,9 +51,16 @@ def _read(path: Path) -> Any:
     return None
   except (OSError, ValueError) as e:
     raise InputError(f"'{path}' cannot be read: {e}") from None
-  if not isinstance(state, dict) or state.keys() != set(_STATE):
+  if not isinstance(state, dict) or state.keys() != {*_STATE, 'digest'}:
     raise InputError(f"'{path}' is no journal of a job")
+  if state.pop('digest') != _digest(state):
+    raise InputError(f"'{path}' is damaged: it is not what a job wrote")
   return state
+
+
+def _digest(state: Mapping[str, Any]) -> str:
+  text = json.dumps([state[name] for name in _STATE])
+  return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 class Journal:
@@ -76,6 +85,9 @@ class Journal:
     self._about = json.loads(json.dumps(about))
     self.done: Any = None
     self._failed = False
+    new = not path.exists()
+    if not new and not path.is_file():
+      raise InputError(f"results '{path}' cannot be written: it is not a file")
     try:
       self._file: IO[bytes] = open(path, 'ab')  # noqa: SIM115 (see `close`)
     except OSError as e:
@@ -84,6 +96,8 @@ class Journal:
       self._open()
     except BaseException:
       self._file.close()
+      if new:
+        path.unlink()
       raise
 
   def _open(self) -> None:
@@ -102,8 +116,7 @@ class Journal:
           f"'{self.path}' holds something that is not this job's: move it, or "
           'give another --output'
         )
-      self._size = self._kept_size = 0
-      self._note(0, 0, None)
+      self._note(0, 0, 0, None)
       return
     for name, value in self._about.items():
       if state['about'].get(name) != value:
@@ -112,7 +125,7 @@ class Journal:
           f"or another --output (or remove it and '{self._state}')"
         )
     self._size, self._kept_size = state['bytes'], state['kept']
-    self.done = state['done']
+    self._check, self.done = state['check'], state['done']
     aside = self._kept.stat().st_size if self._kept.exists() else 0
     for file, left, written in (
       (self.path, size, self._size),
@@ -124,6 +137,11 @@ class Journal:
           f"were written; remove '{self.path}' and '{self._state}' to start "
           'again'
         )
+    if zlib.crc32(self._kept_bytes()) != self._check:
+      raise InputError(
+        f"'{self._kept}' is damaged: remove '{self.path}' and '{self._state}' "
+        'to start again'
+      )
     self._file.truncate(self._size)
 
   def commit(self, lines: Sequence[str], done: Any) -> None:
@@ -131,53 +149,74 @@ class Journal:
     what was kept.
 
     Raises:
-      OSError: they cannot be written, or some before could not.
+      InputError: they cannot be written, or some before could not.
     """
+    data = _text(lines)
     with self._whole():
-      self._note(self._size + _append(self._file, lines), 0, done)
+      _append(self._file, data)
+      self._note(self._size + len(data), 0, 0, done)
       self._kept.unlink(missing_ok=True)
 
   def keep(self, lines: Sequence[str], done: Any) -> None:
     """Likewise, but keeps the lines aside.
 
     Raises:
-      OSError: they cannot be written, or some before could not.
+      InputError: they cannot be written, or some before could not.
     """
+    data = _text(lines)
     with self._whole(), open(self._kept, 'ab') as file:
       file.truncate(self._kept_size)
-      self._note(self._size, self._kept_size + _append(file, lines), done)
+      _append(file, data)
+      check = zlib.crc32(data, self._check)
+      self._note(self._size, self._kept_size + len(data), check, done)
 
   def kept(self) -> list[str]:
     """Returns the lines that have been kept since the last commit."""
+    return self._kept_bytes().decode().split('\n')[:-1]
+
+  def _kept_bytes(self) -> bytes:
     if not self._kept_size:
-      return []
+      return b''
     with open(self._kept, 'rb') as file:
-      return file.read(self._kept_size).decode().split('\n')[:-1]
+      return file.read(self._kept_size)
 
   @contextmanager
   def _whole(self) -> Iterator[None]:
     """Lets nothing be written behind what may be half a write."""
     if self._failed:
-      raise OSError(f"'{self.path}' could not be written before: open it anew")
+      raise InputError(
+        f"'{self.path}' could not be written before: open it anew"
+      )
     self._failed = True
-    yield
+    try:
+      yield
+    except OSError as e:
+      raise InputError(
+        f"results '{self.path}' cannot be written: {e.strerror}; what is done "
+        'is kept, and the same command goes on with it'
+      ) from e
     self._failed = False
 
-  def _note(self, size: int, kept_size: int, done: Any) -> None:
-    state = dict(zip(_STATE, (self._about, size, kept_size, done), strict=True))
-    atomic.write(self._state, [json.dumps(state)], sync=True)
-    self._size, self._kept_size, self.done = size, kept_size, done
+  def _note(self, size: int, kept_size: int, check: int, done: Any) -> None:
+    values = self._about, size, kept_size, check, json.loads(json.dumps(done))
+    state = dict(zip(_STATE, values, strict=True))
+    text = json.dumps(state | {'digest': _digest(state)})
+    atomic.write(self._state, [text], sync=True)
+    self._size, self._kept_size, self._check = size, kept_size, check
+    self.done = done
 
   def close(self) -> None:
     """Lets other jobs have the results."""
     self._file.close()
 
 
-def _append(file: IO[bytes], lines: Sequence[str]) -> int:
-  """Returns how many bytes there are more, which have been synced."""
-  data = ''.join(line + '\n' for line in lines).encode()
+def _text(lines: Sequence[str]) -> bytes:
+  return ''.join(line + '\n' for line in lines).encode()
+
+
+def _append(file: IO[bytes], data: bytes) -> None:
+  """Writes and syncs."""
   if data:
     file.write(data)
     file.flush()
     os.fsync(file.fileno())
-  return len(data)

@@ -74,20 +74,23 @@ class Asked:
     return dataclasses.replace(self, error=(why, field))
 
 
-def parse(index: int, line: bytes, default: SamplingParams) -> Asked:
+def parse(
+  index: int, line: bytes, default: SamplingParams, like: bool = False
+) -> Asked:
   """Reads a line; one that is not right has its `error` set.
 
   Args:
     default: of plain lines, for what they leave out.
+    like: a line that cannot be told is one of OpenAI's.
   """
-  name, batch = None, False
+  name, batch = None, like
   try:
     fields = json.loads(line)
     if not isinstance(fields, dict):
       raise _Fault('not a JSON object', None)
     if isinstance(fields.get('custom_id'), str):
       name = fields['custom_id']
-    batch = not fields.keys().isdisjoint(_OUTER[1:])
+    batch = is_batch(fields)
     wanted = _openai(fields, index) if batch else _plain(fields, default, index)
     return Asked(index=index, custom_id=name, batch=batch, **wanted)
   except _Fault as fault:
@@ -97,6 +100,11 @@ def parse(index: int, line: bytes, default: SamplingParams) -> Asked:
   except (ValueError, RecursionError) as e:
     why, field = f'not JSON: {e}', None
   return Asked(index=index, custom_id=name, batch=batch, error=(why, field))
+
+
+def is_batch(fields: Mapping[str, Any]) -> bool:
+  """Whether a line is one of OpenAI's batch format."""
+  return not fields.keys().isdisjoint(_OUTER[1:])
 
 
 class _Fault(Exception):

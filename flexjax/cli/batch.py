@@ -64,6 +64,8 @@ def run() -> int:
   source, target = Path(FLAGS.input), Path(FLAGS.output)
   if not source.is_file():
     raise InputError(f"--input '{source}' is not a file")
+  if target.exists() and not target.is_file():
+    raise InputError(f"--output '{target}' is not a file")
   own = {p.resolve() for p in (target, state_of(target), kept_of(target))}
   if source.resolve() in own:
     raise InputError('--output would overwrite --input')

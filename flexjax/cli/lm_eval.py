@@ -27,7 +27,7 @@ def main(arguments: Sequence[str]) -> None:
   """
   if importlib.util.find_spec('lm_eval') is None:
     raise InputError(
-      'lm_eval needs lm-evaluation-harness: pip install flexjax[eval]'
+      'lm_eval needs lm-evaluation-harness: pip install "flexjax[eval]"'
     )
   sys.argv = ['flexjax lm_eval', *_arguments(list(arguments))]
   # The harness's error bars come from a pool of processes: forks of one with

@@ -7,6 +7,7 @@ else; where things live is the store's business, when is the schedule's.
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 import jax
@@ -112,6 +113,11 @@ class Engine:
     try:
       for action in actions:
         getattr(self, '_' + action.kind)(action.i, action.j, action.k)
+    except BaseException:
+      # Whoever is interrupted may end the process: XLA must be done by then.
+      with suppress(Exception):
+        jax.block_until_ready([cell[0] for cell in self._running.values()])
+      raise
     finally:
       self._drop_all()
 

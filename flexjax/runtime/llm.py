@@ -138,6 +138,7 @@ class LLM:
   Attributes:
     config: the model's configuration.
     tokenizer: None for a preset with random weights.
+    batch_size: prompts per batch, at most; None where the planner says.
     stats: figures of the latest `generate`, `stream` or `score`.
     on_progress: called as on_progress(what, done, total) while work goes on;
       `what` is 'calibrate' (steps of measuring this machine), 'profile'
@@ -155,7 +156,7 @@ class LLM:
   ):
     self._loaded, self._session = loaded, Session(loaded)
     self._max_latency = max_latency
-    self._batch_size, self._num_batches = batch_size, num_batches
+    self.batch_size, self._num_batches = batch_size, num_batches
     self.config = loaded.source.config
     self.tokenizer = loaded.source.tokenizer
     self._encoder = Encoder(self.config, self.tokenizer, self.name)
@@ -354,7 +355,7 @@ class LLM:
       request = self._request(prompt_len, gen_len, prompts)
       return self._loaded.choose(request, self.on_progress)
 
-    if (self._batch_size, self._num_batches) != (None, None):
+    if (self.batch_size, self._num_batches) != (None, None):
       within = 1.0  # what is given is kept
     best = found = choose(prompts)
     least = within * best.prediction.throughput_tokens_per_s
@@ -421,7 +422,7 @@ class LLM:
   def _request(
     self, prompt_len: int, gen_len: int, prompts: int | None
   ) -> search.Request:
-    size, batches = self._batch_size, self._num_batches
+    size, batches = self.batch_size, self._num_batches
     if self._settled is not None:
       size, batches = self._settled
       prompts = None

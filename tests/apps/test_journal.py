@@ -127,11 +127,11 @@ def test_nothing_is_written_behind_what_failed(tmp_path, monkeypatch):
 
   with monkeypatch.context() as patch:
     patch.setattr(os, 'fsync', full)
-    with pytest.raises(OSError, match='No space'):
+    with pytest.raises(InputError, match='No space left on device; what is'):
       journal.commit(['b'], 2)
   assert journal.done == 1
   for write in (journal.commit, journal.keep):
-    with pytest.raises(OSError, match='before'):
+    with pytest.raises(InputError, match='before'):
       write(['c'], 3)
   journal.close()
   again = Journal(path, ABOUT)
@@ -139,6 +139,47 @@ def test_nothing_is_written_behind_what_failed(tmp_path, monkeypatch):
   again.commit(['b'], 2)
   again.close()
   assert path.read_text() == 'a\nb\n'
+
+
+def change(path, old, new):
+  text = path.read_bytes()
+  assert old in text
+  path.write_bytes(text.replace(old, new))
+
+
+@pytest.mark.parametrize(
+  ('name', 'old', 'new'),
+  [
+    ('out.jsonl.job', b'"steps": 1', b'"steps": 2'),
+    ('out.jsonl.job', b'"bytes": 2', b'"bytes": -1'),
+    ('out.jsonl.job', b'"kept": 4', b'"kept": 2'),
+    ('out.jsonl.job.kept', b'1 b', b'abc'),
+  ],
+)
+def test_what_is_damaged_is_refused(tmp_path, name, old, new):
+  path = tmp_path / 'out.jsonl'
+  journal = Journal(path, ABOUT)
+  journal.commit(['a'], None)
+  journal.keep(['1 b'], {'steps': 1})
+  journal.close()
+  change(tmp_path / name, old, new)
+  before = {p: p.read_bytes() for p in tmp_path.iterdir()}
+  with pytest.raises(InputError, match=f'{name}. is damaged'):
+    Journal(path, ABOUT)
+  assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_a_refusal_leaves_no_file(tmp_path):
+  path = tmp_path / 'out.jsonl'
+  journal = Journal(path, ABOUT)
+  journal.commit(['1'], 1)
+  journal.close()
+  path.unlink()
+  with pytest.raises(InputError, match='lost lines'):
+    Journal(path, ABOUT)
+  assert not path.exists()
+  with pytest.raises(InputError, match='not a file'):
+    Journal(tmp_path, ABOUT)
 
 
 def test_a_file_system_may_not_sync_directories(tmp_path, monkeypatch):

@@ -124,5 +124,5 @@ def test_missing_harness(flexjax, monkeypatch):
   code, out, err = flexjax('--tasks', 'local_choice')
   assert (code, out) == (2, '')
   assert err.startswith('flexjax: ')
-  assert 'pip install flexjax[eval]' in err
+  assert 'pip install "flexjax[eval]"' in err
   assert err.count('\n') == 1

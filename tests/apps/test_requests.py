@@ -87,6 +87,16 @@ def test_a_broken_line_says_what_is_wrong(case):
     assert why in line['error']
 
 
+def test_a_line_that_cannot_be_told_is_like_the_others():
+  for line in (b'{"custom_id": "a", ', b'17', b'[1]', b'\xff'):
+    asked = requests.parse(3, line, SamplingParams(), like=True)
+    answer = json.loads(requests.refusal(asked))
+    assert answer['custom_id'] is None
+    assert answer['response']['status_code'] == 400
+  plain = requests.parse(3, b'{"prompt": 1}', SamplingParams(), like=True)
+  assert not plain.batch
+
+
 def test_a_whole_request():
   asked = parse(
     body(

@@ -206,6 +206,44 @@ def test_in_the_order_of_the_input(whole, model, job, tmp_path):
   assert by_name(path) == by_name(whole[0])
 
 
+def test_a_size_that_is_given_is_kept(model, job, tmp_path, monkeypatch):
+  complete, rows = batch.complete, []
+
+  def counted(llm, wanted, **options):
+    rows.append(sum(one.n for one in wanted))
+    return complete(llm, wanted, **options)
+
+  monkeypatch.setattr(batch, 'complete', counted)
+  with flexjax.load(model, dtype='float32', batch_size=4, num_batches=2) as llm:
+    journal = Journal(tmp_path / 'out.jsonl', {})
+    assert batch.Job(llm, job, journal, default=flexjax.SamplingParams()).run()
+    journal.close()
+  assert max(rows) == 8
+
+
+def test_lines_that_cannot_be_told(model, tmp_path):
+  source, target = tmp_path / 'in.jsonl', tmp_path / 'out.jsonl'
+  good = {
+    'custom_id': 'a',
+    'method': 'POST',
+    'url': '/v1/completions',
+    'body': {'prompt': [5] * 3, 'max_tokens': 50},
+  }
+  source.write_text('17\n' + json.dumps(good) + '\n{"cust\n')
+  code, stderr = run(model, source, target, '--ordered')
+  assert code == 1, stderr
+  found = results(target)
+  assert [line['response']['status_code'] for line in found] == [400] * 3
+  message = found[1]['error']['message']
+  assert 'max_tokens' in message
+  assert 'truncate_prompt' not in message
+  assert 'max_new_tokens' not in message
+  for output in ('/dev/null', tmp_path):
+    code, stderr = run(model, source, output)
+    assert code == 2, stderr
+    assert 'is not a file' in stderr
+
+
 def test_in_order_nothing_is_done_twice(model, job, tmp_path, monkeypatch):
   complete, asked = batch.complete, []
 
