@@ -1,33 +1,27 @@
 """A job: a file of requests, however long, to a file of results.
 
-The input goes by in windows of so many lines; a window's requests are sorted by
-length and run in blocks of one size and few shapes. Which requests share a
-block depends on the input and the block's size alone, so that a job that was
-stopped at any moment goes on with the same blocks, and ends with the same
-results.
+The input goes by in windows of so many lines, a window in blocks (`grouping`).
+A job that was stopped at any moment goes on with the same blocks, and ends with
+the same results.
 """
 
-import bisect
 import dataclasses
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from flexjax.apps import inputs, requests
 from flexjax.apps.completions import Asked, Choice, complete
+from flexjax.apps.grouping import Grouping, Pair
 from flexjax.apps.journal import Journal
 from flexjax.config import SamplingParams
 from flexjax.errors import InputError
 from flexjax.runtime.llm import LLM
 
-# Columns of blocks: few, and at most half as much again as is needed.
-_LADDER = sorted(n for p in range(3, 13) for n in (2**p, 3 * 2 ** (p - 1)))
-_STEPS = tuple(2**n for n in range(13))  # new tokens likewise
-_ENOUGH = 0.9  # of the best throughput, for blocks that are small
 # A request and its choices, of which one that is refused has none.
 Answer = tuple[requests.Asked, list[Choice]]
 
@@ -104,7 +98,7 @@ class Job:
       'form': None,
     }
     self._window, self._steps = done['window'], done['steps']
-    self._sizes: dict[str, list[int]] = done['sizes']
+    self._grouping = Grouping(llm, done['sizes'])
     self._form: dict[str, Any] | None = done['form']
     self.figures = Figures(**done.get('figures', {}))
     self._written: Future
@@ -147,13 +141,13 @@ class Job:
       answers = []
     self.figures.failed += len(answers)
     self.on_block()
-    for n, (block, shape, size, last) in enumerate(self._blocks(wanted), 1):
+    for n, group in enumerate(self._grouping.groups(wanted), 1):
       if n <= done:
         continue
       if self.stopping:
         return False
-      answers += self._answered(block, shape, size)
-      if not last:
+      answers += self._answered(group.pairs, group.shape, group.size)
+      if not group.last:
         self._commit(answers, number, n)
         answers = []
       self.on_block()
@@ -171,7 +165,7 @@ class Job:
       {
         'window': window,
         'steps': steps,
-        'sizes': dict(self._sizes),
+        'sizes': dict(self._grouping.sizes),
         'form': self._form,
         'figures': dataclasses.asdict(self.figures),
       },
@@ -221,72 +215,9 @@ class Job:
       echo=one.echo,
     )
 
-  def _blocks(
-    self, wanted
-  ) -> Iterator[tuple[Any, tuple[int, int], list[int], bool]]:
-    """Requests of about one length together, the longest first, so that what
-    fits once fits always; with the shape and the size of their block, and
-    whether it is the last."""
-    if not wanted:
-      return
-    ordered = sorted(
-      wanted,
-      key=lambda pair: (
-        -_rung(_LADDER, len(pair[1].prompt)),
-        -pair[0].params.max_new_tokens,
-        pair[0].index,
-      ),
-    )
-    # Columns for the new tokens of any request, not of the block's own: caches
-    # of one length take fewer compilations, and no more steps are made than
-    # the block's requests want.
-    new = _rung(_STEPS, max(one.params.max_new_tokens for one, _ in wanted))
-    block: list[tuple[requests.Asked, Asked]] = []
-    size, shape, rows = [0, 0], (0, 0), 0
-    for pair in ordered:
-      if block and rows + pair[0].n > math.prod(size):
-        yield block, shape, size, False
-        block, rows = [], 0
-      if not block:
-        shape = _rung(_LADDER, len(pair[1].prompt)), new
-        size = self._size(*shape)
-      block.append(pair)
-      rows += pair[0].n
-    yield block, shape, size, True
-
-  def _size(self, prompt: int, new: int) -> list[int]:
-    """Batch size, and number of batches, of blocks with so many columns.
-
-    The planner says for the first, which are the longest of the first window.
-    Shorter ones are twice, or four times, as large, for as many tokens, if that
-    is expected to pay and no size was given: large blocks have requests of all
-    lengths in them, and each size takes compilations.
-    """
-    name = f'{prompt}+{new}'
-    if name not in self._sizes:
-      if not self._sizes:
-        rows = self.llm.block(prompt, new, inputs.WINDOW, within=_ENOUGH)
-        self._sizes[name] = [*rows, prompt + new]
-      else:
-        self._sizes[name] = self._larger(prompt, new)
-    return self._sizes[name][:2]
-
-  def _larger(self, prompt: int, new: int) -> list[int]:
-    size, batches, columns = next(iter(self._sizes.values()))
-
-    def rate(size: int) -> float:
-      return self.llm.rate(prompt, new, size, batches)
-
-    while prompt + new > columns and size > 1 and not rate(size):
-      size //= 2  # longer than all of the first window
-    most = size * columns  # of a batch, in all its rows
-    while not self.llm.batch_size and 2 * size * (prompt + new) <= most:
-      if rate(size) >= _ENOUGH * rate(2 * size):
-        break
-      size *= 2
-    return [size, batches, prompt + new]
-
-  def _answered(self, block, shape, size: list[int]) -> list[Answer]:
+  def _answered(
+    self, block: list[Pair], shape: tuple[int, int], size: list[int]
+  ) -> list[Answer]:
     """Answers a block; in parts where there is no memory for all of it, as when
     a job goes on with less. What does not fit alone is refused."""
     try:
@@ -305,7 +236,7 @@ class Job:
     return answers
 
   def _answer(
-    self, block, shape: tuple[int, int], size: list[int]
+    self, block: list[Pair], shape: tuple[int, int], size: list[int]
   ) -> list[Answer]:
     """Runs a block.
 
@@ -339,9 +270,3 @@ class Job:
       choice.completion_tokens for made in all_choices for choice in made
     )
     return list(zip(each, all_choices, strict=True))
-
-
-def _rung(ladder: Sequence[int], length: int) -> int:
-  """The least rung that is long enough; beyond the last, the length itself."""
-  n = bisect.bisect_left(ladder, length)
-  return ladder[n] if n < len(ladder) else length
