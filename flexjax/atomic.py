@@ -34,13 +34,13 @@ def write(
         os.fsync(file.fileno())
     new.replace(path)
     if sync:
-      sync_directory(path.parent)
+      _sync_directory(path.parent)
   except BaseException:
     new.unlink(missing_ok=True)
     raise
 
 
-def sync_directory(path: Path) -> None:
+def _sync_directory(path: Path) -> None:
   """Makes names that have come or gone last, where the system can be asked to;
   some file systems of networks cannot."""
   number = os.open(path, os.O_RDONLY)

@@ -43,6 +43,12 @@ def kept_of(path: Path) -> Path:
   return path.with_name(path.name + '.job.kept')
 
 
+def check_target(path: Path) -> None:
+  """Raises InputError where `path` is something else than a file."""
+  if path.exists() and not path.is_file():
+    raise InputError(f"results '{path}' cannot be written: it is not a file")
+
+
 def _read(path: Path) -> Any:
   """Returns what a journal holds; None where there is none."""
   try:
@@ -85,9 +91,11 @@ class Journal:
     self._about = json.loads(json.dumps(about))
     self.done: Any = None
     self._failed = False
-    new = not path.exists()
-    if not new and not path.is_file():
-      raise InputError(f"results '{path}' cannot be written: it is not a file")
+    check_target(path)
+    if not path.exists() and (state := _read(self._state)):
+      # Before there is a file: one that is empty must not be left behind, nor
+      # removed, for by then it may be another job's.
+      self._refuse_loss(path, 0, state['bytes'])
     try:
       self._file: IO[bytes] = open(path, 'ab')  # noqa: SIM115 (see `close`)
     except OSError as e:
@@ -96,8 +104,6 @@ class Journal:
       self._open()
     except BaseException:
       self._file.close()
-      if new:
-        path.unlink()
       raise
 
   def _open(self) -> None:
@@ -131,18 +137,20 @@ class Journal:
       (self.path, size, self._size),
       (self._kept, aside, self._kept_size),
     ):
-      if left < written:
-        raise InputError(
-          f"'{file}' has lost lines: {left} bytes are left of {written} that "
-          f"were written; remove '{self.path}' and '{self._state}' to start "
-          'again'
-        )
+      self._refuse_loss(file, left, written)
     if zlib.crc32(self._kept_bytes()) != self._check:
       raise InputError(
         f"'{self._kept}' is damaged: remove '{self.path}' and '{self._state}' "
         'to start again'
       )
     self._file.truncate(self._size)
+
+  def _refuse_loss(self, file: Path, left: int, written: int) -> None:
+    if left < written:
+      raise InputError(
+        f"'{file}' has lost lines: {left} bytes are left of {written} that "
+        f"were written; remove '{self.path}' and '{self._state}' to start again"
+      )
 
   def commit(self, lines: Sequence[str], done: Any) -> None:
     """Appends lines, for good, with what is done when they are there; forgets

@@ -25,7 +25,13 @@ from absl import flags
 
 from flexjax import atomic
 from flexjax.apps import batch, inputs
-from flexjax.apps.journal import Journal, committed, kept_of, state_of
+from flexjax.apps.journal import (
+  Journal,
+  check_target,
+  committed,
+  kept_of,
+  state_of,
+)
 from flexjax.cli import files, report
 from flexjax.cli import flags as shared
 from flexjax.config import SamplingParams
@@ -64,8 +70,7 @@ def run() -> int:
   source, target = Path(FLAGS.input), Path(FLAGS.output)
   if not source.is_file():
     raise InputError(f"--input '{source}' is not a file")
-  if target.exists() and not target.is_file():
-    raise InputError(f"--output '{target}' is not a file")
+  check_target(target)
   own = {p.resolve() for p in (target, state_of(target), kept_of(target))}
   if source.resolve() in own:
     raise InputError('--output would overwrite --input')

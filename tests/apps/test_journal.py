@@ -8,6 +8,7 @@ import stat
 import pytest
 
 from flexjax import InputError
+from flexjax.apps import journal as journals
 from flexjax.apps.journal import Journal, committed
 
 ABOUT = {'input': 'digest', '--seed': 3, '--stop': ('a',)}
@@ -196,3 +197,23 @@ def test_a_file_system_may_not_sync_directories(tmp_path, monkeypatch):
   journal.commit(['a'], 1)
   journal.close()
   assert path.read_text() == 'a\n'
+
+
+def test_a_job_that_comes_between_keeps_its_results(tmp_path, monkeypatch):
+  path = tmp_path / 'out.jsonl'
+  read, other = journals._read, []
+
+  def read_late(state):
+    """Another job begins, right after this one has found no results."""
+    found = read(state)
+    if not other:
+      other.append(None)
+      other[0] = Journal(path, ABOUT)
+    return found
+
+  monkeypatch.setattr(journals, '_read', read_late)
+  with pytest.raises(InputError, match='another job is writing'):
+    Journal(path, ABOUT)
+  other[0].commit(['1'], 1)
+  other[0].close()
+  assert path.read_text() == '1\n'
