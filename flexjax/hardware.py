@@ -172,6 +172,9 @@ class Hardware:
       raise InputError(
         f"platform must be one of {', '.join(PLATFORMS)}, got '{self.platform}'"
       )
+    for name in ('device_memory', 'host_memory'):
+      if not getattr(self, name):
+        raise InputError(f'{name} of {self.name} must be positive')
     links: tuple[str, ...] = ()
     if not self.unified:
       links += ('host_to_device', 'device_to_host')
@@ -257,7 +260,7 @@ class Hardware:
     for name, value in fields.items():
       try:
         values[name] = _READ[name](value)
-      except (TypeError, ValueError, AttributeError, OverflowError) as e:
+      except (ValueError, OverflowError) as e:
         raise InputError(f"field '{name}' cannot be read: {e}") from None
     return cls(**values)
 
@@ -312,17 +315,34 @@ def _short(value: float) -> float | int:
   return int(value) if value.is_integer() else float(f'{value:.5g}')
 
 
-def _curve(value: Iterable) -> Curve:
+def _curve(value: Any) -> Curve:
+  if not isinstance(value, list) or any(
+    not isinstance(point, list) or len(point) != 2 for point in value
+  ):
+    raise ValueError(f'{value!r:.60} is no list of pairs')
   return Curve(tuple((_number(x), _number(y)) for x, y in value))
 
 
-def _family(value: Mapping) -> Family:
-  pairs = ((float(size), _curve(points)) for size, points in value.items())
+def _family(value: Any) -> Family:
+  pairs = [(_size(s), _curve(points)) for s, points in _object(value).items()]
   return Family(tuple(sorted(pairs, key=lambda pair: pair[0])))
 
 
+def _size(text: str) -> float:
+  try:
+    return float(text)
+  except ValueError:
+    raise ValueError(f'{text!r} is no size') from None
+
+
+def _object(value: Any) -> Mapping[str, Any]:
+  if not isinstance(value, Mapping):
+    raise ValueError(f'{value!r:.60} is no object')
+  return value
+
+
 def _table(read_one: Any) -> Any:
-  return lambda value: {str(name): read_one(v) for name, v in value.items()}
+  return lambda value: {k: read_one(v) for k, v in _object(value).items()}
 
 
 def _number(value: Any) -> float:

@@ -7,7 +7,6 @@ Takes about a minute, in which the machine should do nothing else. Without
 """
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -17,9 +16,8 @@ import rich.table
 from absl import flags
 
 from flexjax import hardware
-from flexjax.cli import report
+from flexjax.cli import files, report
 from flexjax.config import format_bytes
-from flexjax.errors import InputError
 from flexjax.hardware import Curve, Hardware
 from flexjax.runtime import calibrate, devices
 
@@ -49,7 +47,8 @@ def run() -> None:
     path = Path(FLAGS.output)
   else:
     path = calibrate.cache_path(devices.machine())
-  _check_writable(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+  files.check_writable('output', str(path))
   with report.bar() as on_progress:
     record = calibrate.measure(
       disk_dir=Path(FLAGS.disk_dir) if FLAGS.disk_dir else None,
@@ -63,13 +62,6 @@ def run() -> None:
     console = rich.console.Console(width=_WIDTH)
   console.print(_table(record))
   print(f'\n{path}')
-
-
-def _check_writable(path: Path) -> None:
-  """Refuses a file that cannot be written before a minute is spent on it."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  if path.is_dir() or not os.access(path.parent, os.W_OK):
-    raise InputError(f"output '{path}' cannot be written")
 
 
 class _Row(NamedTuple):

@@ -6,6 +6,7 @@ it takes as long as the busiest of them (FlexGen, section 4.3), without as long
 as all together. Whoever optimises obtains coefficients by evaluating these.
 """
 
+import functools
 from collections import Counter
 from collections.abc import Mapping
 
@@ -17,6 +18,7 @@ from flexjax.policy.placement import TIERS, window
 from flexjax.policy.problem import CLASSES, Problem
 
 _FAR_AHEAD = 16
+_widest = functools.lru_cache(window)  # the same for all blocks and fractions
 RESOURCES = ('dispatch', *LINKS, 'device', 'cpu')
 Shares = Mapping[str, Mapping[str, float]]
 """Fraction of every class, 'weights', 'cache' and 'hidden', on every tier."""
@@ -83,18 +85,12 @@ def working_bytes(problem: Problem, policy: Policy, prefill: bool) -> int:
   )
   running = ahead(policy) if prefill else run_ahead(problem, policy)
   writing = _attending(running, work.num_batches)
-  expanded = [
-    volume.expanded_bytes(
-      problem.config, kind, problem.packing, problem.itemsize
-    )
-    for kind, _ in problem.layers
-  ]
   visits = 1 + _visits_running(problem, policy) if problem.share else 1
   return (
     running * hidden
     + writing * rows
     + workspace
-    + window(expanded, visits)
+    + _widest(problem.expanded_bytes, visits)
     + problem.kept
     + problem.spare
   )
@@ -166,11 +162,7 @@ def _in_flight(
   """Bytes of the widest window of a class, if all of it must be loaded."""
   cells, batches = cells_held(policy), problem.work.num_batches
   if name == 'weights':
-    groups = problem.group_bytes
-    return window(
-      (sum(groups[g] for g in mine) for _, mine in problem.layers),
-      visits_held(problem, policy),
-    )
+    return _widest(problem.layer_bytes, visits_held(problem, policy))
   if name == 'cache':
     return _attending(cells, batches) * problem.cache_bytes
   size = volume.hidden_bytes(problem.config, problem.work, problem.itemsize)
@@ -212,13 +204,12 @@ def _compute(busy, charges: Charges, policy: Policy, prefill: bool) -> None:
   shared = problem.share and (prefill or batches > 1)
   visits = batches if policy.schedule == 'row' else 1
   for kind in ('embed', 'attention', 'mlp', 'head'):
-    count = sum(k == kind for k, _ in problem.layers)
     seconds = batches * charges.layer(kind, prefill, on_host)
     if shared:
       seconds += visits * charges.expand(kind)
     else:
       seconds += batches * charges.expand_in_layer(kind, prefill)
-    busy['device'] += count * seconds
+    busy['device'] += problem.kinds[kind] * seconds
   cells = len(problem.layers) * batches
   busy['dispatch'] += cells * charges.hardware.dispatch['compute']
 

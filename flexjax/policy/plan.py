@@ -222,7 +222,7 @@ def _nearest(plan: Plan, policy: Policy, fixed) -> str:
   problem = plan.problem
   given = [getattr(policy, name) for name in CLASSES]
   if not problem.budgets['disk'] and any(s and s.disk for s in given):
-    return 'give --disk_dir for what is to be on disk'
+    return 'there is no disk for what is to be on disk (--disk_dir)'
   open_policy = dataclasses.replace(
     policy, weights=None, cache=None, hidden=None
   )
@@ -253,12 +253,12 @@ def _nearest(plan: Plan, policy: Policy, fixed) -> str:
     budgets = {**problem.budgets, 'disk': sum(plan.peak.values())}
     with_disk = dataclasses.replace(problem, budgets=budgets)
     if _fill(with_disk, open_policy, fixed).fits:
-      return 'a --disk_dir would take what memory cannot'
+      return 'a disk (--disk_dir) would take what memory cannot'
   flag = {
     'device': 'device_memory',
     'host': 'host_memory',
     'disk': 'disk space',
   }
-  return 'it takes at least ' + ' and '.join(
+  return 'enough would be ' + ' and '.join(
     f'{format_bytes(least.peak[t])} of {flag[t]}' for t in short
   )

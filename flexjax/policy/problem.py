@@ -1,6 +1,8 @@
 """What is to be placed, and how many bytes every part of it has."""
 
 import dataclasses
+import functools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from flexjax.config import (
@@ -60,7 +62,7 @@ class Problem:
     """What attention reads: the compute type, or float32 on a CPU."""
     return 'float32' if self.cache_itemsize == 4 else self.dtype
 
-  @property
+  @functools.cached_property
   def share(self) -> bool:
     """Whether packed matrices are expanded once for all batches of a visit:
     unless a layer's take more than a quarter of the device."""
@@ -76,11 +78,33 @@ class Problem:
       self.config, self.work, self.cache_packing, self.cache_itemsize
     )
 
-  @property
+  @functools.cached_property
+  def kinds(self) -> Mapping[str, int]:
+    """How many layers there are of every kind."""
+    return Counter(kind for kind, _ in self.layers)
+
+  @functools.cached_property
   def cached(self) -> tuple[int, ...]:
     """Layers that keep a KV cache."""
     kinds = [kind for kind, _ in self.layers]
     return tuple(j for j, kind in enumerate(kinds) if kind == 'attention')
+
+  @functools.cached_property
+  def layer_bytes(self) -> tuple[int, ...]:
+    """Bytes of every layer's weights."""
+    groups = self.group_bytes
+    return tuple(sum(groups[g] for g in mine) for _, mine in self.layers)
+
+  @functools.cached_property
+  def expanded_bytes(self) -> tuple[int, ...]:
+    """Bytes of every layer's packed matrices while they are expanded."""
+    sizes = {
+      kind: volume.expanded_bytes(
+        self.config, kind, self.packing, self.itemsize
+      )
+      for kind in self.kinds
+    }
+    return tuple(sizes[kind] for kind, _ in self.layers)
 
   def sizes(self, name: str) -> dict[Key, int]:
     """Bytes of every key of a class, in the order of use."""

@@ -73,7 +73,8 @@ class Guess(NamedTuple):
   """What the linear program says of a choice.
 
   Attributes:
-    rate: prompts per second.
+    rate: prompts per second, if every phase took no longer than its busiest
+      resource.
     seconds: of a block.
   """
 
@@ -83,6 +84,12 @@ class Guess(NamedTuple):
   problem: Problem
   shares: cost.Shares
 
+  @property
+  def kind(self) -> tuple[Variant, frozenset[tuple[str, str]]]:
+    """What guesses share that are wrong alike: formats, and tiers in use."""
+    used = (at for at in _VARIABLES if self.shares[at[0]][at[1]] > _EXACT)
+    return self.variant, frozenset(used)
+
 
 def search(
   variants: Sequence[Variant],
@@ -90,24 +97,14 @@ def search(
   hardware: Hardware,
   *,
   fixed: Mapping[Key, str] | None = None,
-) -> Iterator[tuple[float, Plan]]:
-  """Yields plans that fit, the most promising first; maybe none.
+) -> list[Guess]:
+  """Returns what may be fast, the most promising first; `place` makes plans.
+
+  Looks at a coarse grid of blocks, then around the best of them.
 
   Args:
     fixed: keys whose place is settled: weights that are loaded.
-
-  Yields:
-    Prompts per second if every phase took no longer than its busiest resource,
-    and the plan.
   """
-  for guess in _explore(variants, request, hardware, fixed):
-    plan = place(guess, hardware, request.max_latency, fixed)
-    if plan is not None:
-      yield guess.rate, plan
-
-
-def _explore(variants, request, hardware, fixed) -> list[Guess]:
-  """Guesses for a coarse grid of blocks, then around the best of them."""
   seen: dict[tuple[int, int, int], Guess | None] = {}
 
   def look(n: int, size: int, batches: int) -> None:

@@ -27,6 +27,7 @@ from flexjax.runtime.timing.points import points
 from flexjax.runtime.timing.stopwatch import Stopwatch
 
 OnProgress = Callable[[str, int, int], None]
+_log = logging.getLogger(__name__)
 _DISK_LINKS = ('disk_to_host', 'host_to_disk')
 
 
@@ -135,7 +136,9 @@ def load_or_measure(
   path = cache_path(machine)
   try:
     record, fresh = hardware.read(path), False
-  except InputError:
+  except InputError as e:
+    if path.exists():
+      _log.warning('measured anew: %s', e)
     record, fresh = _measure(machine, disk_dir, True, on_progress), True
   if disk_dir and any(link not in record.links for link in _DISK_LINKS):
     record, fresh = _with_disk(machine, record, disk_dir), True
@@ -143,9 +146,7 @@ def load_or_measure(
     try:
       hardware.write(path, record)
     except OSError as e:
-      logging.getLogger(__name__).warning(
-        'the measurements of this machine cannot be kept: %s', e
-      )
+      _log.warning('the measurements of this machine cannot be kept: %s', e)
   record = dataclasses.replace(
     record,
     device_memory=machine.device_memory,

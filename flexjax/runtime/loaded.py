@@ -82,6 +82,11 @@ class LoadedModel:
     self.choice: Choice | None = None
     self.load_seconds = 0.0
     self.store: Store | None = None
+    if record is not None and record.platform != self.machine.platform:
+      raise InputError(
+        f"the record of '{record.name}' is of a {record.platform}; this "
+        f'machine computes on a {self.machine.platform}'
+      )
     self._record, self._lossy = record, allow_lossy
     self._chosen: dict[Any, Choice] = {}
 
@@ -166,7 +171,7 @@ class LoadedModel:
 
   def _planner(self) -> Planner:
     assert self._record is not None
-    weights, policy = self.weights, self.policy
+    policy = self.policy
     cache_bits: tuple[int, ...] = (policy.cache_bits or 16,)
     if self._lossy and policy.cache_bits is None:
       cache_bits = (16, 4)
@@ -178,7 +183,7 @@ class LoadedModel:
       Machine(
         unified=self.machine.unified,
         chunk_tokens=self.machine.chunk_tokens,
-        budgets=lambda form: self.budgets | {'disk': weights.disk_budget(form)},
+        budgets=lambda form: self.budgets | {'disk': self._disk_budget(form)},
       ),
       cache_bits=cache_bits,
     )

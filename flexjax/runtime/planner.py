@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import NamedTuple
 
 from flexjax.config import ModelConfig, Packing, Policy, Split, Workload
@@ -18,17 +18,19 @@ from flexjax.hardware import Hardware
 from flexjax.models import opt
 from flexjax.policy.plan import Plan, resolve
 from flexjax.policy.problem import Problem
-from flexjax.policy.search import Request, Variant, search
+from flexjax.policy.search import Guess, Request, Variant, place, search
 from flexjax.quant import kernels, keys
 from flexjax.runtime.formats import Format
 from flexjax.runtime.simulate import Prediction, predict
 from flexjax.tiers.base import spec_bytes
 from flexjax.typing import Key
 
-_ALIKE = 0.98  # of the best rate: then the shorter block is taken
-_RANKED = 12  # plans that are simulated, at most
+_ALIKE = 0.99  # of the best rate: then the shorter block is taken
+_HOPELESS = 0.9  # of the best rate: what promises less is not simulated
+_RANKED = 20  # plans that are simulated, at most
+_MOST_CELLS = 100_000  # of a step, which takes seconds to simulate
 _RANKED_BY = 2  # steps of them: the prefill and a decode step
-_FEW, _CELLS = 4, 25_000  # enough of them, if they are that large together
+_CELLS = 50_000  # of them together, beyond which no more are simulated
 _TRIES = 4  # to find a block that is short enough
 _LESS = 0.98  # of what is missing, because whole keys are not fractions
 _ATTENTIONS = ('device', 'host')
@@ -76,6 +78,39 @@ class _Ranked(NamedTuple):
   plan: Plan
 
 
+class _Learnt:
+  """Corrects what guesses promise by how others of their kind fell short.
+
+  The program knows nothing of waits. A block half or twice as large in batches,
+  or in their number, is expected to fall short half as much as the nearest one
+  that is known.
+  """
+
+  def __init__(self):
+    self._short: dict[Hashable, list[tuple[float, float, float]]] = {}
+
+  def promise(self, guess: Guess) -> float:
+    """Returns the prompts per second that are to be expected, at best."""
+    known = self._short.get(guess.kind)
+    if not known:
+      return guess.rate
+    size, batches = self._at(guess)
+    distance, short = min(
+      (abs(size - s) + abs(batches - b), short) for s, b, short in known
+    )
+    return guess.rate * (1 - short * 2**-distance)
+
+  def add(self, guess: Guess, rate: float) -> None:
+    """Takes in what the simulator says of a guess's plan."""
+    at = (*self._at(guess), 1 - rate / guess.rate)
+    self._short.setdefault(guess.kind, []).append(at)
+
+  @staticmethod
+  def _at(guess: Guess) -> tuple[float, float]:
+    work = guess.problem.work
+    return math.log2(work.batch_size), math.log2(work.num_batches)
+
+
 class Planner:
   """Plans for a model on a machine.
 
@@ -120,8 +155,10 @@ class Planner:
       watched: requests may stop early; see `simulate.predict`.
 
     Raises:
-      InputError: nothing fits; says which tier is short by how much.
+      InputError: nothing fits; says which tier is short by how much. Or there
+        are too many batches to plan for.
     """
+    self._check(request)
     ranked = self._ranked(request, fixed, watched)
     if not ranked:
       plan = self._fallback(request, fixed, watched)
@@ -138,6 +175,15 @@ class Planner:
         (one.plan, one.first) for one in ranked if one is not chosen
       ),
     )
+
+  def _check(self, request: Request) -> None:
+    layers, _ = _parts(self.config, self.forms[0])
+    most = _MOST_CELLS // len(layers)
+    if (request.num_batches or 0) > most:
+      raise InputError(
+        f'num_batches must be at most {most} for {len(layers)} layers, got '
+        f'{request.num_batches}'
+      )
 
   def _ranked(self, request: Request, fixed, watched: bool) -> list[_Ranked]:
     """What the search finds, as far as the simulator finds it short enough.
@@ -161,19 +207,26 @@ class Planner:
   def _simulated(
     self, request: Request, most: float, fixed, watched: bool
   ) -> list[_Ranked]:
-    """As many plans as promise more than the best that takes `most` seconds."""
+    """Simulates plans as long as one may be faster than the best so far.
+
+    Those that promise most come first, corrected by what was learnt meanwhile.
+    """
+    guesses = search(self._variants(), request, self.hardware, fixed=fixed)
     ranked: list[_Ranked] = []
-    cells = 0
-    for bound, plan in search(
-      self._variants(), request, self.hardware, fixed=fixed
-    ):
-      best = max(
-        (one.rate for one in ranked if one.first.seconds <= most), default=0.0
-      )
-      many = _FEW if cells > _CELLS else _RANKED
-      if len(ranked) >= many or bound < _ALIKE * best:
-        break  # those that follow promise less than others keep
-      ranked.append(self._rank(plan, request, watched))
+    learnt, best, cells = _Learnt(), 0.0, 0
+    while guesses and len(ranked) < _RANKED and cells < _CELLS:
+      guess = max(guesses, key=learnt.promise)
+      guesses.remove(guess)
+      if learnt.promise(guess) < _HOPELESS * best:
+        break
+      plan = place(guess, self.hardware, request.max_latency, fixed)
+      if plan is None:
+        continue
+      one = self._rank(plan, request, watched)
+      ranked.append(one)
+      learnt.add(guess, one.rate)
+      if one.first.seconds <= most:
+        best = max(best, one.rate)
       batches = plan.problem.work.num_batches
       cells += _RANKED_BY * len(plan.problem.layers) * batches
     return ranked

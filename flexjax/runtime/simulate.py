@@ -21,7 +21,7 @@ from flexjax.schedule.zigzag import ORDERS, Action, Shape, actions
 from flexjax.typing import Key
 
 _STEPS = 4  # prefill, a first decode step, and two to see how long one takes
-_DISK_STEPS = 8  # a queue of writes takes longer to fill
+_SETTLING = 1000  # cells, before prefetches and writes of a prefill are through
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,8 @@ def predict(
   """
   steps = max(1, plan.problem.work.gen_len)
   if first is None:
-    first = _DISK_STEPS if plan.placement['cache']['disk'] else _STEPS
+    cells = len(plan.problem.layers) * plan.problem.work.num_batches
+    first = _STEPS + _SETTLING // cells
   run = Simulator(plan, hardware, watched=watched)
   run.run(min(steps, first))
   return run.prediction(steps)

@@ -77,7 +77,7 @@ calibrate.measure = measure
 
 
 def test_the_record_goes_where_it_is_asked_to(command, tmp_path):
-  path = tmp_path / 'new' / 'record.json'
+  path = tmp_path / 'record.json'
   done = command(f'--output={path}', '--disk_dir=/nvme')
   assert done.code == 0, done.stderr
   assert hardware.read(path).to_json() == RECORD.to_json()
@@ -119,12 +119,20 @@ def test_one_point_makes_a_row(command, tmp_path):
   ('argv', 'expected'),
   [
     (['--output={}'], r'cannot be written'),
+    (['--output={}/new/record.json'], r'cannot be written'),
     (['--output={}/made_up.json/record.json'], r'made_up\.json'),
     (['--quick=maybe'], r'quick'),
     (['--model=opt-1.3b'], r'model'),
     (['everything'], r'everything'),
   ],
-  ids=['a directory', 'below a file', 'no bool', 'no such flag', 'no flag'],
+  ids=[
+    'a directory',
+    'no directory',
+    'below a file',
+    'no bool',
+    'no such flag',
+    'no flag',
+  ],
 )
 def test_bad_input_is_refused(argv, expected, command, tmp_path):
   done = command(*(a.replace('{}', str(tmp_path)) for a in argv))

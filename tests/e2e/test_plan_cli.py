@@ -214,11 +214,11 @@ SHORT = {
   'device': (
     ('opt-1.3b', '--device_memory=100MB'),
     r'needs device .* of 95.37 MiB \(short by [\d.]+ MiB\).*'
-    r'at least [\d.]+ MiB of device_memory',
+    r'enough would be [\d.]+ MiB of device_memory',
   ),
   'host, no disk': (
     ('opt-30b', '--host_memory=8GiB', '--disk_space=0'),
-    r'short by [\d.]+ GiB\).*a --disk_dir would',
+    r'short by [\d.]+ GiB\).*a disk \(--disk_dir\) would',
   ),
   'nowhere': (
     (

@@ -13,7 +13,7 @@ from flexjax.policy.charges import Charges
 from flexjax.policy.placement import TIERS
 from flexjax.policy.plan import evaluate
 from flexjax.policy.problem import CLASSES
-from flexjax.policy.search import Request, Variant, search, solve
+from flexjax.policy.search import Request, Variant, place, search, solve
 from tests.machines import machine
 from tests.problems import PLENTY, problem, rate, shares
 
@@ -221,8 +221,10 @@ def variant(policy=None, **sizes):
 
 def run(request, policy=None, fixed=None, rates=SLOW, **sizes):
   one = variant(policy, **sizes)
-  found = search([one], request, machine(**rates), fixed=fixed)
-  return [plan for _, plan in itertools.islice(found, 4)]
+  hardware = machine(**rates)
+  guesses = search([one], request, hardware, fixed=fixed)
+  plans = (place(guess, hardware, fixed=fixed) for guess in guesses)
+  return list(itertools.islice(filter(None, plans), 4))
 
 
 def rate_of(request, plan, hardware):
@@ -330,8 +332,7 @@ def test_no_block_is_much_better_than_the_first():
 def test_the_most_promising_come_first():
   request = Request(prompt_len=16, gen_len=8, prompts=50)
   one = variant(device=1_500_000)
-  found = list(search([one], request, machine(**SLOW)))
-  bounds = [bound for bound, _ in found]
+  bounds = [g.rate for g in search([one], request, machine(**SLOW))]
   assert len(bounds) > 5
   assert bounds == sorted(bounds, reverse=True)
 

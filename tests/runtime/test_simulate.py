@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from flexjax.config import Packing, Policy, Split
@@ -335,8 +335,16 @@ def test_watching_tokens_is_never_faster(policy, sizes, rates):
   )
 
 
+AHEAD_OF_A_PREFILL = (
+  {'weights': Split(0, 0, 100), 'prefetch_depth': 3},
+  {'num_batches': 2, 'gen_len': 24, 'unified': True},
+  {'link': 1e7, 'drive': 1e9, 'flops': 1e13, 'dispatch': 1e-6},
+)
+
+
 @settings(max_examples=30, deadline=None)
 @given(policies(), SIZES, RATES)
+@example(*AHEAD_OF_A_PREFILL)
 def test_later_steps_are_like_the_first(policy, sizes, rates):
   sizes = {**sizes, 'gen_len': 24}
   one = plan(policy, **sizes)

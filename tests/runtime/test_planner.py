@@ -1,0 +1,93 @@
+"""The planner's pick, against plans that it did not make."""
+
+import dataclasses
+import itertools
+
+import pytest
+
+import flexjax
+from flexjax import hardware
+from flexjax.errors import InputError
+from flexjax.policy.search import Request, place, search
+from flexjax.runtime import planning
+from flexjax.runtime.planner import Planner
+from flexjax.runtime.simulate import predict
+from tests.machines import GIB, machine
+
+CONFIGS = 'configs/hardware'
+SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+BATCHES = (1, 2, 3, 4, 6, 8, 12)
+MACHINES = {
+  'all on the device but for large blocks': machine(device=4 * GIB),
+  'weights off the device': machine(device=GIB, host=8 * GIB, disk=0),
+  'a disk in use': machine(device=GIB, host=2 * GIB),
+  'slow to dispatch': machine(device=GIB, host=6 * GIB, dispatch=2e-3),
+}
+
+
+@pytest.fixture
+def planner(monkeypatch):
+  """Returns a function: the planner and request of a plan."""
+  seen = {}
+  choose = Planner.choose
+
+  def keep(self, request, **given):
+    seen.update(planner=self, request=request)
+    return choose(self, request, **given)
+
+  monkeypatch.setattr(Planner, 'choose', keep)
+  return seen
+
+
+def best_of_a_grid(planner: Planner, request: Request) -> float:
+  """The best rate by the simulator, of a block of every size."""
+  best = 0.0
+  for size, batches in itertools.product(SIZES, BATCHES):
+    block = dataclasses.replace(request, batch_size=size, num_batches=batches)
+    for guess in search(planner._variants(), block, planner.hardware):
+      if plan := place(guess, planner.hardware):
+        seconds = predict(plan, planner.hardware).seconds
+        best = max(best, request.rate(plan.problem.work, seconds))
+  return best
+
+
+@pytest.mark.parametrize('record', MACHINES.values(), ids=MACHINES)
+def test_no_block_of_a_grid_is_much_better(record, planner):
+  choice = planning.plan(
+    'opt-1.3b', hardware=record, prompt_len=256, gen_len=16
+  )
+  request = planner['request']
+  best = best_of_a_grid(planner['planner'], request)
+  work = choice.plan.problem.work
+  # 1 % is given away for a shorter block.
+  assert request.rate(work, choice.prediction.seconds) >= 0.97 * best
+
+
+def test_no_plan_of_the_curve_is_much_better():
+  """Nor is one that had to end earlier."""
+  flags = {
+    'hardware': f'{CONFIGS}/t4.json',
+    'allow_lossy': True,
+    'weight_bits': 16,
+  }
+  best = planning.plan('opt-30b', **flags).prediction
+  curve = [c.prediction for c in planning.pareto('opt-30b', **flags)]
+  assert len(curve) > 3
+  rates = [p.throughput_tokens_per_s for p in curve]
+  assert max(rates) <= 1.02 * best.throughput_tokens_per_s
+  assert rates == sorted(rates)
+
+
+def test_more_batches_than_can_be_planned_for_are_refused():
+  flags = {'hardware': machine(), 'prompt_len': 16, 'gen_len': 4}
+  with pytest.raises(InputError, match='num_batches must be at most 3846'):
+    planning.plan('opt-125m', num_batches=3847, **flags)
+  choice = planning.plan('opt-125m', num_batches=1000, batch_size=1, **flags)
+  assert choice.plan.problem.work.num_batches == 1000
+
+
+def test_a_record_of_another_platform_is_refused(tmp_path):
+  path = tmp_path / 'gpu.json'
+  hardware.write(path, dataclasses.replace(machine(), platform='tpu'))
+  with pytest.raises(InputError, match=r"'imagined' is of a tpu.* on a [cg]pu"):
+    flexjax.load(hardware=path)
