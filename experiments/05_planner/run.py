@@ -60,6 +60,7 @@ class Bench(NamedTuple):
 
 
 GEN_LEN = 16
+_LEAST_SECONDS = 3.0  # that are measured, as far as there are prompts
 BENCHES = {
   'cpu': Bench(
     models={
@@ -142,7 +143,7 @@ class Runner:
   def measure(
     self, loaded: LoadedModel, size: int | None, batches: int | None
   ) -> dict[str, Any]:
-    """Runs one block by a policy, warmed up.
+    """Runs a block by a policy, warmed up; several where they are short.
 
     Returns:
       Its row; `tokens_per_s` is what all prompts would get, whose last block
@@ -165,10 +166,13 @@ class Runner:
       plan, predicted = loaded.plan, loaded.choice.prediction
       work = plan.problem.work
       block = work.batch_size * work.num_batches
+      most = max(1, self.prompts // block)
+      blocks = min(most, math.ceil(_LEAST_SECONDS / predicted.seconds))
       stream = llm.stream(self.ids, params)
-      list(itertools.islice(stream, min(block, self.prompts)))
+      list(itertools.islice(stream, min(blocks * block, self.prompts)))
       stream.close()
       seconds = llm.stats.prefill_seconds + llm.stats.decode_seconds
+      seconds /= blocks
       row |= {
         'batch_size': work.batch_size,
         'num_batches': work.num_batches,

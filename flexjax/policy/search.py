@@ -8,7 +8,14 @@ whole keys, and what those need is checked again.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+  Callable,
+  Hashable,
+  Iterable,
+  Iterator,
+  Mapping,
+  Sequence,
+)
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +33,7 @@ from flexjax.typing import Key
 _SIZES = tuple(2**n for n in range(11))
 _BATCHES = (1, 2, 4, 8, 16, 32)
 _FINER = (2 / 3, 3 / 4, 5 / 4, 3 / 2)
-_REFINED = 4  # of the best guesses, whose neighbourhood is looked at
+_REFINED = 6  # of the best guesses, whose neighbourhood is looked at
 _TRIES = 6  # to place fractions in whole keys
 _TASTE = 1e-4  # how much a higher tier is liked where time does not decide
 # Of the time that resources are busy beside the busiest: what is hidden in
@@ -85,10 +92,22 @@ class Guess(NamedTuple):
   shares: cost.Shares
 
   @property
-  def kind(self) -> tuple[Variant, frozenset[tuple[str, str]]]:
+  def policy(self) -> Policy:
+    """The variant's, its splits filled in."""
+    given = self.variant.policy
+    splits: dict[str, Any] = {
+      name: getattr(given, name) or _split(self.shares[name])
+      for name in CLASSES
+    }
+    return dataclasses.replace(given, **splits)
+
+  @property
+  def kind(self) -> Hashable:
     """What guesses share that are wrong alike: formats, and tiers in use."""
     used = (at for at in _VARIABLES if self.shares[at[0]][at[1]] > _EXACT)
-    return self.variant, frozenset(used)
+    bare: dict[str, Any] = dict.fromkeys(CLASSES)
+    policy = dataclasses.replace(self.variant.policy, **bare)
+    return policy, self.problem.dtype, frozenset(used)
 
 
 def search(
@@ -106,6 +125,7 @@ def search(
     fixed: keys whose place is settled: weights that are loaded.
   """
   seen: dict[tuple[int, int, int], Guess | None] = {}
+  known: set[Hashable] = set()  # variants may come to the same
 
   def look(n: int, size: int, batches: int) -> None:
     if (n, size, batches) in seen:
@@ -130,7 +150,10 @@ def search(
     if found is not None:
       shares, seconds = found
       rate = request.rate(work, seconds)
-      seen[n, size, batches] = Guess(rate, seconds, variant, problem, shares)
+      guess = Guess(rate, seconds, variant, problem, shares)
+      if (made := (size, batches, problem.dtype, guess.policy)) not in known:
+        known.add(made)
+        seen[n, size, batches] = guess
 
   for n in range(len(variants)):
     for size, batches in _blocks(request):
@@ -346,16 +369,10 @@ def place(
   fell short.
   """
   problem, variant = guess.problem, guess.variant
-  shares = guess.shares
   budgets = dict(problem.budgets)
   settled = _settled(problem, variant.policy, fixed)
   for _ in range(_TRIES):
-    splits: dict[str, Any] = {
-      name: getattr(variant.policy, name) or _split(shares[name])
-      for name in CLASSES
-    }
-    policy = dataclasses.replace(variant.policy, **splits)
-    plan = evaluate(problem, policy, fixed)
+    plan = evaluate(problem, guess.policy, fixed)
     if plan.fits:
       return plan
     for tier in TIERS:
@@ -373,6 +390,7 @@ def place(
     if found is None:
       return None
     shares, _ = found
+    guess = guess._replace(shares=shares)
   return None
 
 

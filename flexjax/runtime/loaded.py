@@ -7,7 +7,7 @@ there.
 import dataclasses
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,9 +112,8 @@ class LoadedModel:
     """
     self._find_record(on_progress)
     if self.store is not None:
-      fixed = {k: p for k, p in self.store.places.items() if k[0] == 'weights'}
       try:
-        self.choice = self._choose(request, watched, fixed)
+        self.choice = self._choose(request, watched, self._fixed())
       except InputError:
         self.choice = self._choose(request, watched, None)
         self.close()  # it fits only with the weights elsewhere
@@ -129,6 +128,9 @@ class LoadedModel:
         cache_bits=self.plan.policy.cache_bits,
       )
       self._load(on_progress)
+      # The same request again is not planned anew around these weights, lest
+      # another block be found, to compile for.
+      self._chosen[self._key(request, watched, self._fixed())] = self.choice
     self.allocate(self.plan)
     return self.plan.problem.work
 
@@ -157,8 +159,7 @@ class LoadedModel:
     self, request: Request, watched: bool, fixed: Mapping[Key, str] | None
   ) -> Choice:
     """Plans, unless that has been done; the work is a new one each time."""
-    settled = frozenset(fixed.items()) if fixed else None
-    key = (request, watched, settled, self.form, self.policy)
+    key = self._key(request, watched, fixed)
     if key not in self._chosen:
       self._chosen[key] = self._planner().choose(
         request, watched=watched, fixed=fixed
@@ -168,6 +169,15 @@ class LoadedModel:
     problem = dataclasses.replace(choice.plan.problem, work=work)
     plan = dataclasses.replace(choice.plan, problem=problem)
     return dataclasses.replace(choice, plan=plan)
+
+  def _key(self, request: Request, watched: bool, fixed) -> Hashable:
+    settled = frozenset(fixed.items()) if fixed else None
+    return request, watched, settled, self.form, self.policy
+
+  def _fixed(self) -> dict[Key, str]:
+    """Where the weights are."""
+    assert self.store is not None
+    return {k: p for k, p in self.store.places.items() if k[0] == 'weights'}
 
   def _planner(self) -> Planner:
     assert self._record is not None

@@ -279,7 +279,15 @@ class Planner:
         )
         make = functools.partial(self.problem, form, policy)
         variants.append(Variant(policy, make))
+        if policy.weights is None and self._fit_the_device(form):
+          # What the program splits evenly may wait for what trickles in.
+          policy = dataclasses.replace(policy, weights=Split(100, 0, 0))
+          variants.append(Variant(policy, make))
     return variants
+
+  def _fit_the_device(self, form: Format) -> bool:
+    _, group_bytes = _parts(self.config, form)
+    return sum(group_bytes) < self.machine.budgets(form)['device']
 
   def _makes_sense(self, cache_bits: int, attention: str) -> bool:
     if attention == 'device' or self.policy.attention == 'host':

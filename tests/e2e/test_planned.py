@@ -7,6 +7,7 @@ from conftest import make_checkpoint
 import flexjax
 from flexjax import InputError, SamplingParams
 from flexjax.hardware import write
+from flexjax.runtime.planner import Planner
 from tests.machines import machine
 
 DEVICE, HOST, DISK = (100, 0, 0), (0, 100, 0), (0, 0, 100)
@@ -210,6 +211,25 @@ def test_other_prompts_are_planned_around_the_weights(model, prompts):
     again = llm._loaded.plan
   assert again.placement['weights'] == first.placement['weights']
   assert again.problem.work.batch_size > first.problem.work.batch_size
+
+
+def test_the_same_prompts_are_planned_once(model, prompts, monkeypatch):
+  """Else weights that are loaded may lead to another block, to compile for."""
+  seen = []
+  choose = Planner.choose
+
+  def count(self, request, **given):
+    seen.append(request)
+    return choose(self, request, **given)
+
+  monkeypatch.setattr(Planner, 'choose', count)
+  params = SamplingParams(max_new_tokens=NEW, ignore_eos=True)
+  with flexjax.load(model, dtype='float32', device_memory='1MiB') as llm:
+    llm.warm_up(prompts, params)
+    compiled = llm.stats.compilations
+    llm.generate(prompts, params)
+    assert llm.stats.compilations == compiled
+  assert len(seen) == 1
 
 
 def test_latency_bounds_the_predicted_block(model, prompts, tmp_path):
