@@ -52,12 +52,15 @@ _LEAST = 1e-6
 
 def dispatch(watch: Stopwatch) -> dict[str, float]:
   """Seconds of the dispatching thread per computed cell, per value that is
-  read from another tier, and per value that is written to one."""
+  read from another tier, and per value that is written to one.
+
+  What is written is a cache: hidden states, a single array, take less.
+  """
   tiny = _Tiny(watch)
   try:
     here = tiny.seconds('device', 'device')
     weights_there = tiny.seconds('host', 'device')
-    state_there = tiny.seconds('device', 'host')
+    cache_there = tiny.seconds('device', 'host')
   finally:
     tiny.close()
   count = tiny.count
@@ -67,9 +70,9 @@ def dispatch(watch: Stopwatch) -> dict[str, float]:
     if action.kind == 'load_weights'
   )
   read = max(_LEAST, (weights_there - here) / groups)
-  reads = count['load_cache'] + count['load_hidden']
-  writes = count['store_cache'] + count['store_hidden']
-  write = (state_there - here - reads * read) / writes
+  write = (cache_there - here - count['load_cache'] * read) / count[
+    'store_cache'
+  ]
   return {
     'compute': max(_LEAST, here / count['compute']),
     'read': read,
@@ -116,12 +119,13 @@ class _Tiny:
     }
     self._state = _state_specs(config, dtype, cached)
 
-  def seconds(self, weights: str, state: str) -> float:
-    """Returns the seconds of a block with weights, and with cache and hidden
-    states, in the tiers of these names: a device may let its dispatcher wait
-    though it has next to nothing to do."""
+  def seconds(self, weights: str, cache: str) -> float:
+    """Returns the seconds of a block with weights, and with the cache, in the
+    tiers of these names: a device may let its dispatcher wait though it has
+    next to nothing to do."""
     places = dict.fromkeys(self._weights, weights)
-    places |= dict.fromkeys(self._state, state)
+    for key in self._state:
+      places[key] = cache if key[0] == 'cache' else 'device'
     specs = self._weights | self._state
     for key, place in places.items():
       self._store.allocate(key, specs[key], place)
