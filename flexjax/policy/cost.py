@@ -179,8 +179,7 @@ def step_seconds(
   A decode step is the mean one: caches on disk are read as far as they are
   filled.
   """
-  busy = dict.fromkeys(RESOURCES, 0.0)
-  _compute(busy, charges, policy, prefill)
+  busy = dict(_compute(charges, policy, prefill))
   _weights(busy, charges, policy, shares['weights'])
   if charges.problem.work.cache_len:
     _cache(busy, charges, policy, shares['cache'], prefill)
@@ -196,9 +195,13 @@ def step_seconds(
   return busy
 
 
-def _compute(busy, charges: Charges, policy: Policy, prefill: bool) -> None:
+@functools.lru_cache(maxsize=4)  # of the same charges at many fractions
+def _compute(
+  charges: Charges, policy: Policy, prefill: bool
+) -> dict[str, float]:
   """Every layer for every batch; packed weights are expanded once a visit
   where batches share them."""
+  busy = dict.fromkeys(RESOURCES, 0.0)
   problem, batches = charges.problem, charges.problem.work.num_batches
   on_host = policy.attention == 'host'
   shared = problem.share and (prefill or batches > 1)
@@ -212,6 +215,7 @@ def _compute(busy, charges: Charges, policy: Policy, prefill: bool) -> None:
     busy['device'] += problem.kinds[kind] * seconds
   cells = len(problem.layers) * batches
   busy['dispatch'] += cells * charges.hardware.dispatch['compute']
+  return busy
 
 
 def _weights(busy, charges: Charges, policy: Policy, share) -> None:

@@ -33,6 +33,8 @@ from flexjax.typing import Key
 _SIZES = tuple(2**n for n in range(11))
 _BATCHES = (1, 2, 4, 8, 16, 32)
 _FINER = (2 / 3, 3 / 4, 5 / 4, 3 / 2)
+_FINEST = (7 / 8, 15 / 16, 17 / 16, 9 / 8)
+_REFINED_EACH = 2  # of every variant's
 _REFINED = 6  # of the best guesses, whose neighbourhood is looked at
 _TRIES = 6  # to place fractions in whole keys
 _TASTE = 1e-4  # how much a higher tier is liked where time does not decide
@@ -102,12 +104,16 @@ class Guess(NamedTuple):
     return dataclasses.replace(given, **splits)
 
   @property
-  def kind(self) -> Hashable:
-    """What guesses share that are wrong alike: formats, and tiers in use."""
-    used = (at for at in _VARIABLES if self.shares[at[0]][at[1]] > _EXACT)
+  def format(self) -> Hashable:
+    """How numbers are stored, and where attention is computed."""
     bare: dict[str, Any] = dict.fromkeys(CLASSES)
-    policy = dataclasses.replace(self.variant.policy, **bare)
-    return policy, self.problem.dtype, frozenset(used)
+    return dataclasses.replace(self.variant.policy, **bare), self.problem.dtype
+
+  @property
+  def kind(self) -> Hashable:
+    """What guesses share that are wrong alike: format, and tiers in use."""
+    used = (at for at in _VARIABLES if self.shares[at[0]][at[1]] > _EXACT)
+    return self.format, frozenset(used)
 
 
 def search(
@@ -158,15 +164,23 @@ def search(
   for n in range(len(variants)):
     for size, batches in _blocks(request):
       look(n, size, batches)
-  for _ in range(2):
-    ranked = sorted(
-      (guess.rate, where) for where, guess in seen.items() if guess
-    )
-    for _, (n, size, batches) in ranked[-_REFINED:]:
-      for near in _around(request, size, batches):
+  for parts in (_FINER, _FINER, _FINEST):
+    for n, size, batches in _best(seen):
+      for near in _around(request, size, batches, parts):
         look(n, *near)
   found = [guess for guess in seen.values() if guess is not None]
   return sorted(found, key=lambda guess: -guess.rate)
+
+
+def _best(seen: Mapping[tuple[int, int, int], Guess | None]):
+  """Where to look closer: the best of all, and of every variant."""
+  found = {where: guess for where, guess in seen.items() if guess}
+  ranked = sorted(found, key=lambda where: -found[where].rate)
+  chosen = dict.fromkeys(ranked[:_REFINED])
+  for n in dict.fromkeys(where[0] for where in ranked):
+    mine = [where for where in ranked if where[0] == n]
+    chosen |= dict.fromkeys(mine[:_REFINED_EACH])
+  return chosen
 
 
 def _blocks(request: Request) -> Iterator[tuple[int, int]]:
@@ -185,11 +199,11 @@ def _blocks(request: Request) -> Iterator[tuple[int, int]]:
 
 
 def _around(
-  request: Request, size: int, batches: int
+  request: Request, size: int, batches: int, parts: Sequence[float]
 ) -> Iterator[tuple[int, int]]:
   most = request.prompts or math.inf
-  sizes = {max(1, round(size * part)) for part in _FINER}
-  numbers = {max(1, round(batches * part)) for part in _FINER}
+  sizes = {max(1, round(size * part)) for part in parts}
+  numbers = {max(1, round(batches * part)) for part in parts}
   numbers |= {batches - 1, batches + 1} - {0}
   if request.batch_size is None:
     for near in sizes:
@@ -369,7 +383,7 @@ def place(
   fell short.
   """
   problem, variant = guess.problem, guess.variant
-  budgets = dict(problem.budgets)
+  budgets, less = dict(problem.budgets), dict.fromkeys(TIERS, 0)
   settled = _settled(problem, variant.policy, fixed)
   for _ in range(_TRIES):
     plan = evaluate(problem, guess.policy, fixed)
@@ -377,8 +391,9 @@ def place(
       return plan
     for tier in TIERS:
       over = plan.peak[tier] - problem.budgets[tier]
-      if over > 0:
-        budgets[tier] -= int(over * 1.02) + 1
+      if over > 0:  # twice as much each time: a key may be far larger
+        less[tier] = max(2 * less[tier], int(over * 1.02) + 1)
+        budgets[tier] -= less[tier]
     found = solve(
       problem,
       variant.policy,

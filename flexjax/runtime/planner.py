@@ -27,7 +27,7 @@ from flexjax.typing import Key
 
 _ALIKE = 0.99  # of the best rate: then the shorter block is taken
 _HOPELESS = 0.9  # of the best rate: what promises less is not simulated
-_RANKED = 20  # plans that are simulated, at most
+_RANKED = 14  # plans that are simulated, at most
 _MOST_CELLS = 100_000  # of a step, which takes seconds to simulate
 _RANKED_BY = 2  # steps of them: the prefill and a decode step
 _CELLS = 50_000  # of them together, beyond which no more are simulated
@@ -160,7 +160,8 @@ class Planner:
     fixed: Mapping[Key, str] | None = None,
     watched: bool = False,
   ) -> Choice:
-    """Returns the fastest plan by the simulator.
+    """Returns the fastest plan by the simulator, or one whose block is shorter
+    and that is next to as fast.
 
     Args:
       fixed: keys whose place is settled: weights that are loaded.
@@ -219,18 +220,24 @@ class Planner:
   def _simulated(
     self, request: Request, most: float, fixed, watched: bool
   ) -> list[_Ranked]:
-    """Simulates plans as long as one may be faster than the best so far.
-
-    Those that promise most come first, corrected by what was learnt meanwhile.
-    """
-    guesses = search(self._variants(), request, self.cautious, fixed=fixed)
+    """Simulates what promises most, corrected by what was learnt meanwhile, and
+    one of every format first; as long as it promises nine tenths of the best,
+    and there are not too many."""
+    guesses = search(self._variants(fixed), request, self.cautious, fixed=fixed)
     ranked: list[_Ranked] = []
     learnt, best, cells = _Learnt(), 0.0, 0
-    while guesses and len(ranked) < _RANKED and cells < _CELLS:
-      guess = max(guesses, key=learnt.promise)
-      guesses.remove(guess)
-      if learnt.promise(guess) < _HOPELESS * best:
+    tried: set[Hashable] = set()
+
+    def order(guess: Guess) -> tuple[bool, float]:
+      return guess.format not in tried, learnt.promise(guess)
+
+    while len(ranked) < _RANKED and cells < _CELLS:
+      guesses = [g for g in guesses if learnt.promise(g) >= _HOPELESS * best]
+      if not guesses:
         break
+      guess = max(guesses, key=order)
+      guesses.remove(guess)
+      tried.add(guess.format)
       plan = place(guess, self.cautious, request.max_latency, fixed)
       if plan is None:
         continue
@@ -239,8 +246,9 @@ class Planner:
       learnt.add(guess, one.rate)
       if one.first.seconds <= most:
         best = max(best, one.rate)
+      steps = _RANKED_BY * (1 if request.max_latency is None else 2)
       batches = plan.problem.work.num_batches
-      cells += _RANKED_BY * len(plan.problem.layers) * batches
+      cells += steps * len(plan.problem.layers) * batches
     return ranked
 
   def _rank(self, plan: Plan, request: Request, watched: bool) -> _Ranked:
@@ -273,7 +281,7 @@ class Planner:
       budgets=budgets,
     )
 
-  def _variants(self) -> list[Variant]:
+  def _variants(self, fixed: Mapping[Key, str] | None) -> list[Variant]:
     variants = []
     bits = self.cache_bits
     attentions = (
@@ -291,7 +299,8 @@ class Planner:
         )
         make = functools.partial(self.problem, form, policy)
         variants.append(Variant(policy, make))
-        if policy.weights is None and self._fit_the_device(form):
+        settled = policy.weights is not None or fixed
+        if not settled and self._fit_the_device(form):
           # What the program splits evenly may wait for what trickles in.
           policy = dataclasses.replace(policy, weights=Split(100, 0, 0))
           variants.append(Variant(policy, make))
@@ -327,7 +336,7 @@ class Planner:
       gen_len=request.gen_len,
     )
     refusals = []
-    for variant in self._variants():
+    for variant in self._variants(fixed):
       try:
         return resolve(variant.problem(work), variant.policy, fixed)
       except InputError as e:

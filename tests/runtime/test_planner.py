@@ -44,7 +44,7 @@ def best_of_a_grid(planner: Planner, request: Request) -> float:
   best = 0.0
   for size, batches in itertools.product(SIZES, BATCHES):
     block = dataclasses.replace(request, batch_size=size, num_batches=batches)
-    for guess in search(planner._variants(), block, planner.cautious):
+    for guess in search(planner._variants(None), block, planner.cautious):
       if plan := place(guess, planner.cautious):
         seconds = predict(plan, planner.cautious).seconds
         best = max(best, request.rate(plan.problem.work, seconds))
@@ -76,6 +76,52 @@ def test_no_plan_of_the_curve_is_much_better():
   rates = [p.throughput_tokens_per_s for p in curve]
   assert max(rates) <= 1.02 * best.throughput_tokens_per_s
   assert rates == sorted(rates)
+
+
+@pytest.mark.parametrize('attention', ['device', 'host'])
+def test_no_place_of_attention_is_much_better(attention):
+  flags = {'hardware': f'{CONFIGS}/rtx3090.json'}
+  best = planning.plan('opt-30b', **flags).prediction
+  given = planning.plan('opt-30b', attention=attention, **flags).prediction
+  limit = 1.02 * best.throughput_tokens_per_s
+  assert given.throughput_tokens_per_s <= limit
+
+
+def test_weights_may_take_what_whole_keys_leave():
+  """Where keys are far larger than what fractions exceed the budget by."""
+  flags = {
+    'hardware': f'{CONFIGS}/rtx3090.json',
+    'batch_size': 80,
+    'num_batches': 1,
+  }
+  best = planning.plan('opt-30b', **flags).prediction
+  given = planning.plan('opt-30b', weights=(20, 80, 0), **flags).prediction
+  limit = 1.02 * best.throughput_tokens_per_s
+  assert given.throughput_tokens_per_s <= limit
+
+
+def test_a_bounded_block_is_as_large_as_it_may_be():
+  flags = {'hardware': f'{CONFIGS}/t4.json', 'num_batches': 1}
+  best = planning.plan('opt-30b', max_latency=150, **flags).prediction
+  assert best.seconds <= 150
+  for size in range(12, 24, 2):
+    given = planning.plan('opt-30b', batch_size=size, **flags).prediction
+    if given.seconds <= 150:
+      limit = 1.05 * best.throughput_tokens_per_s
+      assert given.throughput_tokens_per_s <= limit
+
+
+@pytest.mark.parametrize('split', [(0, 100, 0), (50, 50, 0), (100, 0, 0)])
+def test_loaded_weights_are_planned_around_as_they_are(split, planner):
+  flags = {'hardware': machine(device=4 * GIB), 'prompt_len': 16, 'gen_len': 4}
+  first = planning.plan('opt-1.3b', weights=split, batch_size=2, **flags)
+  planning.plan('opt-1.3b', batch_size=4, **flags)
+  fixed = {k: t for k, t in first.plan.places.items() if k[0] == 'weights'}
+  again = planner['planner'].choose(planner['request'], fixed=fixed)
+  for plan in (again.plan, *(plan for plan, _ in again.runners_up)):
+    assert plan.placement['weights'] == first.plan.placement['weights']
+    achieved = plan.placement['weights']['device']
+    assert plan.policy.weights.device == pytest.approx(100 * achieved, abs=0.2)
 
 
 def test_caution_pays_where_dispatching_is_slow(monkeypatch):
