@@ -88,14 +88,16 @@ def pareto(
       )
     except InputError:  # nothing between is so short
       continue
-  return _undominated(found)
+  return _undominated(found, request)
 
 
-def _undominated(choices: Sequence[Choice]) -> list[Choice]:
+def _undominated(choices: Sequence[Choice], request: Request) -> list[Choice]:
+  """By what all prompts get: a last block may be a smaller one."""
   kept: list[Choice] = []
   rate = 0.0
   for choice in sorted(choices, key=lambda c: c.prediction.seconds):
-    mine = choice.prediction.throughput_tokens_per_s
+    work = choice.plan.problem.work
+    mine = request.rate(work, choice.prediction.seconds)
     if mine > rate * (1 + 1e-6):
       kept.append(choice)
       rate = mine
