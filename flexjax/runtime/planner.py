@@ -205,17 +205,22 @@ class Planner:
     block may take longer than it says: then it is asked for shorter ones.
     """
     asked, most = request, request.max_latency or math.inf
+    kept: list[_Ranked] = []
     for _ in range(_TRIES):
       found = self._simulated(asked, most, fixed, watched)
-      if not found:
-        return []
-      if kept := [one for one in found if one.first.seconds <= most]:
-        return kept
-      over = min(one.first.seconds for one in found) / most
+      kept += [one for one in found if one.first.seconds <= most]
+      best = max((one.rate for one in kept), default=0.0)
+      over = [
+        one.first.seconds / most
+        for one in found
+        if one.first.seconds > most and one.rate > best
+      ]
+      if not over:
+        break
       assert asked.max_latency is not None
-      bound = _LESS * asked.max_latency / over
+      bound = _LESS * asked.max_latency / min(over)
       asked = dataclasses.replace(asked, max_latency=bound)
-    return []
+    return kept
 
   def _simulated(
     self, request: Request, most: float, fixed, watched: bool
@@ -337,11 +342,13 @@ class Planner:
     )
     refusals = []
     for variant in self._variants(fixed):
+      policy = variant.policy
       try:
-        return resolve(variant.problem(work), variant.policy, fixed)
+        return resolve(variant.problem(work), policy, fixed)
       except InputError as e:
-        refusals.append(e)
-    raise refusals[0]
+        bits = (policy.weight_bits or 16) + (policy.cache_bits or 16)
+        refusals.append((bits, e))
+    raise min(refusals, key=lambda refusal: refusal[0])[1]  # needs least
 
   def _shortest(self, request: Request, fixed, watched: bool) -> Plan:
     """The plan of the smallest block, if that is short enough.

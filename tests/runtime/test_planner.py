@@ -111,6 +111,19 @@ def test_a_bounded_block_is_as_large_as_it_may_be():
       assert given.throughput_tokens_per_s <= limit
 
 
+def test_more_time_is_never_worse():
+  """Even where one format fits and a better one has to be asked again."""
+  flags = {'hardware': f'{CONFIGS}/t4.json', 'allow_lossy': True}
+  rates = [
+    planning.plan(
+      'opt-30b', max_latency=seconds, **flags
+    ).prediction.throughput_tokens_per_s
+    for seconds in (500, 1500, 2500)
+  ]
+  for less, more in itertools.pairwise(rates):
+    assert more > 0.98 * less
+
+
 @pytest.mark.parametrize('split', [(0, 100, 0), (50, 50, 0), (100, 0, 0)])
 def test_loaded_weights_are_planned_around_as_they_are(split, planner):
   flags = {'hardware': machine(device=4 * GIB), 'prompt_len': 16, 'gen_len': 4}
