@@ -27,7 +27,7 @@ MACHINES = {
 
 @pytest.fixture
 def planner(monkeypatch):
-  """Returns a function: the planner and request of a plan."""
+  """Returns a dict: `planner` and `request` of the latest plan."""
   seen = {}
   choose = Planner.choose
 
