@@ -145,15 +145,16 @@ Updater = Callable[[Value, Value, jax.Array], dict[str, jax.Array]]
 def make_updater(axis: int) -> Updater:
   """Returns a jitted in-place write along `axis`; the target is donated.
 
-  All arrays of a value go in one call.
+  All arrays of a value go in one call, and rows may lie in another memory of
+  the target's device.
   """
 
+  def one(target: jax.Array, rows: jax.Array, index: jax.Array) -> jax.Array:
+    rows = rows.astype(target.dtype)
+    rows = jax.device_put(rows, jax.typeof(target).memory_space)
+    return jax.lax.dynamic_update_slice_in_dim(target, rows, index, axis)
+
   def update(target: Value, rows: Value, index: jax.Array):
-    return {
-      name: jax.lax.dynamic_update_slice_in_dim(
-        target[name], rows[name].astype(target[name].dtype), index, axis
-      )
-      for name in target
-    }
+    return {name: one(target[name], rows[name], index) for name in target}
 
   return jax.jit(update, donate_argnums=0)
