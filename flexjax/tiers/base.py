@@ -151,7 +151,9 @@ def make_updater(axis: int) -> Updater:
 
   def one(target: jax.Array, rows: jax.Array, index: jax.Array) -> jax.Array:
     rows = rows.astype(target.dtype)
-    rows = jax.device_put(rows, jax.typeof(target).memory_space)
+    space = jax.typeof(target).memory_space
+    if jax.typeof(rows).memory_space != space:  # else it would be a copy
+      rows = jax.device_put(rows, space)
     return jax.lax.dynamic_update_slice_in_dim(target, rows, index, axis)
 
   def update(target: Value, rows: Value, index: jax.Array):
