@@ -4,6 +4,7 @@ small that there is next to nothing to compute or to move."""
 import collections
 import statistics
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from flexjax.runtime.formats import Format
 from flexjax.runtime.meter import Meter
 from flexjax.runtime.store import Store
 from flexjax.runtime.timing.stopwatch import Stopwatch
-from flexjax.schedule.zigzag import Shape, actions, zigzag
+from flexjax.schedule.zigzag import Action, Shape, actions, zigzag
 from flexjax.tiers.base import Spec
 from flexjax.tiers.device import DeviceTier
 from flexjax.tiers.host import HostTier
@@ -64,12 +65,7 @@ def dispatch(watch: Stopwatch) -> dict[str, float]:
   finally:
     tiny.close()
   count = tiny.count
-  groups = sum(
-    len(tiny.engine.layers[action.j].groups)
-    for action in tiny.todo
-    if action.kind == 'load_weights'
-  )
-  read = max(_LEAST, (weights_there - here) / groups)
+  read = max(_LEAST, (weights_there - here) / tiny.groups)
   write = (cache_there - here - count['load_cache'] * read) / count[
     'store_cache'
   ]
@@ -111,13 +107,22 @@ class _Tiny:
       host_attention=False,
     )
     cached = [j for j, layer in enumerate(layers) if layer.kind == 'attention']
-    shape = Shape(_STEPS, len(layers), _NUM_BATCHES, frozenset(cached))
-    self.todo = list(actions(shape, zigzag(shape), depth=_DEPTH))
-    self.count = collections.Counter(action.kind for action in self.todo)
+    self._shape = Shape(_STEPS, len(layers), _NUM_BATCHES, frozenset(cached))
+    todo = list(self._actions())
+    self.count = collections.Counter(action.kind for action in todo)
+    self.groups = sum(
+      len(layers[action.j].groups)
+      for action in todo
+      if action.kind == 'load_weights'
+    )
     self._weights: dict[Key, Spec] = {
       ('weights', g): spec for g, spec in enumerate(Format(dtype).specs(config))
     }
     self._state = _state_specs(config, dtype, cached)
+
+  def _actions(self) -> Iterator[Action]:
+    """What to do, found while it is done: that takes the dispatcher's time."""
+    return actions(self._shape, zigzag(self._shape), depth=_DEPTH)
 
   def seconds(self, weights: str, cache: str) -> float:
     """Returns the seconds of a block with weights, and with the cache, in the
@@ -143,7 +148,7 @@ class _Tiny:
   def _run(self) -> float:
     batches = [self._batch() for _ in range(_NUM_BATCHES)]
     began = time.perf_counter()
-    self.engine.run(self.todo, batches, _PROMPT_LEN, _Ignore())
+    self.engine.run(self._actions(), batches, _PROMPT_LEN, _Ignore())
     jax.block_until_ready([batch.tokens for batch in batches])
     return time.perf_counter() - began
 
