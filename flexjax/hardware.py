@@ -353,6 +353,12 @@ def _number(value: Any) -> float:
   return float(value)
 
 
+def _part(value: Any) -> float:
+  if (part := _number(value)) > 1:
+    raise ValueError(f'{value!r} is more than 1, all of it')
+  return part
+
+
 def _text(value: Any) -> str:
   if not isinstance(value, str):
     raise ValueError(f'{value!r} is not text')
@@ -387,7 +393,7 @@ _READ: dict[str, Any] = {
   'row_write': _table(_curve),
   'pick': _curve,
   'dispatch': _table(_number),
-  'contention': _table(_number),
+  'contention': _table(_part),
   'alone': _table(_curve),
   'fresh': _table(_curve),
 }

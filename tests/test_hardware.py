@@ -230,6 +230,7 @@ BROKEN = [
   ('links', {k: [[1, 0]] for k in hardware.LINKS}),
   ('contention', {'host_to_devise': 0.1}),
   ('contention', {'host_to_device': -0.1}),
+  ('contention', {'host_to_device': 1.5}),
   ('alone', {'disk_to_device': LINE}),
   ('fresh', {'disk_to_device': LINE}),
   ('mlp', {'float32': LINE}),

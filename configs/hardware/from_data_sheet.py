@@ -41,7 +41,7 @@ LATENCY = 30e-6  # of a copy over PCIe
 DISK_LATENCY = 200e-6  # of a TensorStore request, an estimate
 HOST_ROW = 450e-6  # any row into pinned memory: 0.44-0.49 ms
 HOST_CALL = 100e-6  # of a jitted function on the CPU backend
-DISPATCH = {'compute': 150e-6, 'read': 60e-6, 'write': 60e-6}
+DISPATCH = {'compute': 150e-6, 'read': 280e-6, 'write': 150e-6}
 
 WIDTHS = (768, 2048, 4096, 12288)
 HEADS = (64, 128)

@@ -11,7 +11,7 @@ of a bare loop.
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,11 @@ from absl import app, flags
 
 import flexjax
 from experiments import common
+from flexjax import hardware
 from flexjax.config import SamplingParams, Split
-from flexjax.runtime import timeline
+from flexjax.runtime import simulate, timeline
 from flexjax.runtime.llm import LLM
+from flexjax.runtime.timeline import Span
 
 HERE = Path(__file__).parent
 RECORD = HERE.parent.parent / 'configs' / 'hardware' / 'h200.json'
@@ -37,10 +39,17 @@ _TIMEOUT = flags.DEFINE_integer('timeout', 600, 'Seconds for one row.')
 _HARDWARE = flags.DEFINE_string(
   'hardware', str(RECORD), "The machine's record; '' to measure it."
 )
-_TRACE = flags.DEFINE_string('trace', None, 'File for the last run, traced.')
+_TRACE = flags.DEFINE_string(
+  'trace', None, 'File for a timeline: one run more is recorded.'
+)
+_STEPS = flags.DEFINE_string(
+  'steps', None, 'CSV to append a decode step of such a run to.'
+)
 _SMALL = flags.DEFINE_bool('small', False, 'Sizes for trying the script.')
 
 PROMPT_LEN, GEN_LEN = 512, 32
+_STEP = 16  # the decode step that is shown
+_GAP = 1e-4  # seconds; spans that are nearer than that are one
 PROMPTS = 100_000  # more than any block
 # Searching for ranges in random numbers would only take time.
 _FOUR = {'weight_bits': 4, 'cache_bits': 4, 'rounding': 'minmax'}
@@ -87,11 +96,15 @@ def run(name: str) -> None:
     llm.warm_up(ids, params)
     ready = time.perf_counter() - began
     for n in range(_RUNS.value):
-      llm.record = bool(_TRACE.value) and n == _RUNS.value - 1
       llm.generate(ids, params)
       common.append(_RESULTS.value, figures(name, n, ready, llm))
+    if _TRACE.value or _STEPS.value:
+      llm.record = True
+      llm.generate(ids, params)
     if _TRACE.value:
       timeline.write(_TRACE.value, llm.timeline(), 'measured')
+    if _STEPS.value:
+      append_step(name, gen_len, llm)
 
 
 def figures(name: str, n: int, ready: float, llm: LLM) -> dict[str, Any]:
@@ -120,6 +133,50 @@ def figures(name: str, n: int, ready: float, llm: LLM) -> dict[str, Any]:
   for split in ('weights', 'cache', 'hidden'):
     fields[split] = _text(getattr(policy, split))
   return fields
+
+
+def append_step(name: str, gen_len: int, llm: LLM) -> None:
+  """What was busy when in a decode step, measured and predicted."""
+  record = hardware.read(_HARDWARE.value or str(RECORD))
+  predicted = simulate.timeline(llm.plan, record)
+  step = min(_STEP, gen_len - 2)
+  for title, spans in ('measured', llm.timeline()), ('predicted', predicted):
+    for row in step_of(spans, step):
+      head = {'row': name, 'commit': _COMMIT.value, 'step': step}
+      common.append(_STEPS.value, {**head, 'title': title, **row})
+
+
+def step_of(spans: Sequence[Span], step: int) -> Iterator[dict[str, Any]]:
+  """Yields what tracks were busy with from the first compute of a step to the
+  first of the next; in milliseconds of the step."""
+  computed = [s for s in spans if s.track == 'device' and 'i' in s.args]
+  origin, end = (
+    min(s.begin for s in computed if s.args['i'] == i) for i in (step, step + 1)
+  )
+  for track in timeline.TRACKS:
+    if track == 'dispatch':  # thousands, and never idle
+      continue
+    mine = [s for s in spans if s.track == track]
+    mine = [s for s in mine if s.end > origin and s.begin < end]
+    for begin, until, count in merged(mine):
+      yield {
+        'track': track,
+        'begin_ms': round(1e3 * (max(begin, origin) - origin), 2),
+        'end_ms': round(1e3 * (min(until, end) - origin), 2),
+        'spans': count,
+      }
+
+
+def merged(spans: Sequence[Span]) -> Iterator[tuple[float, float, int]]:
+  """Yields spans as busy intervals with how many spans each is made of."""
+  spans = sorted(spans, key=lambda s: s.begin)
+  while spans:
+    begin, end, count = spans[0].begin, spans[0].end, 1
+    while count < len(spans) and spans[count].begin - end < _GAP:
+      end = max(end, spans[count].end)
+      count += 1
+    yield begin, end, count
+    spans = spans[count:]
 
 
 def weights_moved(llm: LLM) -> int:

@@ -34,8 +34,8 @@ def run() -> None:
     value = FLAGS[name].value
     if value is not None and value < 1:
       raise InputError(f'{name} must be at least 1, got {value}')
-  for name in ('stats', 'trace'):
-    files.check_writable(name, FLAGS[name].value)
+  written = {name: FLAGS[name].value for name in ('stats', 'trace')}
+  files.check_outputs(written, {'hardware': FLAGS.hardware})
   with shared.open_model() as llm, report.progress(llm):
     count = FLAGS.num_prompts or llm.block_size(FLAGS.prompt_len, FLAGS.gen_len)
     rng = np.random.default_rng(0)

@@ -53,7 +53,8 @@ def run() -> None:
   of_words = FLAGS.metric == 'last_token'
   text = '' if of_words else files.read_text(path)
   texts = _texts(path) if of_words else []
-  files.check_writable('stats', FLAGS.stats)
+  read = {'input': FLAGS.input, 'hardware': FLAGS.hardware}
+  files.check_outputs({'stats': FLAGS.stats}, read)
   with shared.open_model() as llm, report.progress(llm):
     if (tokenizer := llm.tokenizer) is None:
       raise InputError('eval needs a model with a tokenizer')
@@ -91,8 +92,6 @@ def _check_flags() -> None:
   for name in ('window', 'stride'):
     if FLAGS.metric != 'perplexity' and FLAGS[name].value is not None:
       raise InputError(f'--{name} is for --metric=perplexity only')
-  if FLAGS.stats and Path(FLAGS.stats).resolve() == Path(FLAGS.input).resolve():
-    raise InputError('--stats would overwrite --input')
 
 
 def _texts(path: Path) -> list[tuple[str, str]]:

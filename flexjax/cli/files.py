@@ -3,6 +3,7 @@
 import io
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,25 @@ def parse_object(where: str, line: str, field: str) -> dict[str, Any]:
   if not isinstance(fields, dict) or field not in fields:
     raise InputError(f"{where}: not an object with a field '{field}'")
   return fields
+
+
+def check_outputs(
+  written: Mapping[str, str | None], read: Mapping[str, str | None]
+) -> None:
+  """Checks files by their flags' names, before anything is written.
+
+  Raises:
+    InputError: one cannot be written, or would overwrite another.
+  """
+  names = {Path(file).resolve(): name for name, file in read.items() if file}
+  for name, file in written.items():
+    if not file:
+      continue
+    path = Path(file).resolve()
+    if path in names and (path.is_file() or not path.exists()):
+      raise InputError(f'--{name} would overwrite --{names[path]}')
+    names[path] = name
+    check_writable(name, file)
 
 
 def check_writable(name: str, value: str | None) -> None:

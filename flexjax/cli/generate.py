@@ -43,8 +43,10 @@ def define() -> None:
 
 def run() -> None:
   prompts, params = _requests()
-  for name in ('output', 'stats', 'trace'):
-    files.check_writable(name, FLAGS[name].value)
+  written = {n: FLAGS[n].value for n in ('output', 'stats', 'trace')}
+  files.check_outputs(
+    written, {'input': FLAGS.input, 'hardware': FLAGS.hardware}
+  )
   with shared.open_model() as llm, report.progress(llm):
     llm.record = bool(FLAGS.trace)
     with contextlib.closing(llm.stream(prompts, params)) as results:
@@ -79,10 +81,6 @@ def _requests() -> tuple[list, list[SamplingParams]]:
     return FLAGS.prompt, [default] * len(FLAGS.prompt)
   path = Path(FLAGS.input)
   lines = files.read_lines(path, 'prompts')
-  for name in ('output', 'trace'):
-    value = FLAGS[name].value
-    if value and Path(value).resolve() == path.resolve():
-      raise InputError(f'--{name} would overwrite --input')
   if path.suffix != '.jsonl':
     return [line for _, line in lines], [default] * len(lines)
   parsed = [_parse(where, line, default) for where, line in lines]

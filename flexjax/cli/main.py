@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from flexjax.errors import InputError
+from flexjax.version import VERSION
 
 FLAGS = flags.FLAGS
 COMMANDS = {
@@ -36,6 +37,9 @@ def _main(argv: list[str]) -> int:
   name = argv[1] if len(argv) > 1 else '--help'
   if name in ('help', '--help', '-h', '--helpshort'):
     print(_overview())
+    return 0
+  if name == '--version':
+    print(f'flexjax {VERSION}')
     return 0
   if name not in COMMANDS:
     return _refuse(f"no command is called '{name}'; there are {_names()}")

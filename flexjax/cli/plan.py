@@ -63,8 +63,8 @@ def define() -> None:
 
 
 def run() -> None:
-  for name in ('trace', 'stats'):
-    files.check_writable(name, FLAGS[name].value)
+  written = {name: FLAGS[name].value for name in ('trace', 'stats')}
+  files.check_outputs(written, {'hardware': FLAGS.hardware})
   arguments: dict[str, Any] = {name: FLAGS[name].value for name in _POLICY}
   model = FLAGS.model
   with report.calibrating() as arguments['on_progress']:

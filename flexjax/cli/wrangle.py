@@ -75,8 +75,9 @@ def run() -> None:
       raise InputError(
         f"'{table.name}' has a column '{column}', which --output would add"
       )
-  for name in ('output', 'stats'):
-    files.check_writable(name, FLAGS[name].value)
+  written = {name: FLAGS[name].value for name in ('output', 'stats')}
+  read = {name: FLAGS[name].value for name in ('input', 'train', 'hardware')}
+  files.check_outputs(written, read)
   with shared.open_model() as llm, report.progress(llm):
     result = wrangle.run(llm, task, rows, shots, FLAGS.max_new_tokens)
   if FLAGS.output:
@@ -105,17 +106,10 @@ def _check_flags() -> None:
     raise InputError(
       f'--max_new_tokens must be at least 1, got {FLAGS.max_new_tokens}'
     )
-  given: dict[Path, str] = {}
-  for name in ('input', 'train', 'output', 'stats'):
-    if not (value := FLAGS[name].value):
-      continue
-    path = Path(value).resolve()
-    if path in given and name == 'train':
-      # A row among its own examples has its answer before it.
-      raise InputError('--train is --input: the examples would be the answers')
-    if path in given:
-      raise InputError(f'--{name} would overwrite --{given[path]}')
-    given[path] = name
+  train = FLAGS.train and Path(FLAGS.train).resolve()
+  if train and train == Path(FLAGS.input).resolve():
+    # A row among its own examples has its answer before it.
+    raise InputError('--train is --input: the examples would be the answers')
 
 
 def _read(name: str, file: str) -> tables.Table:

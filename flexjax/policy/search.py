@@ -63,6 +63,17 @@ class Request:
   num_batches: int | None = None
   max_latency: float | None = None
 
+  def clamped(self) -> 'Request':
+    """Returns the same with no larger block than there are prompts."""
+    size, batches = self.batch_size, self.num_batches
+    if self.prompts is None:
+      return self
+    if size is not None:
+      size = min(size, self.prompts)
+    if batches is not None:
+      batches = min(batches, math.ceil(self.prompts / (size or 1)))
+    return dataclasses.replace(self, batch_size=size, num_batches=batches)
+
   def rate(self, work: Workload, seconds: float) -> float:
     """Returns prompts per second, if a block takes `seconds`."""
     block = work.batch_size * work.num_batches

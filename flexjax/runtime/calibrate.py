@@ -6,7 +6,6 @@ and the record a file that is found again.
 
 import dataclasses
 import datetime
-import importlib.metadata
 import logging
 import os
 import re
@@ -25,6 +24,7 @@ from flexjax.runtime.devices import Machine
 from flexjax.runtime.timing import dispatch, layers, links
 from flexjax.runtime.timing.points import points
 from flexjax.runtime.timing.stopwatch import Stopwatch
+from flexjax.version import VERSION
 
 OnProgress = Callable[[str, int, int], None]
 _log = logging.getLogger(__name__)
@@ -187,7 +187,7 @@ def cache_path(machine: Machine) -> Path:
   name = re.sub('[^a-z0-9]+', '-', _name(machine).lower()).strip('-')
   return _cache_dir() / (
     f'hardware-{name}-{_cores()}-cores-jax{jax.__version__}'
-    f'-flexjax{_version()}.json'
+    f'-flexjax{VERSION}.json'
   )
 
 
@@ -200,13 +200,6 @@ def _cache_dir() -> Path:
     return Path.home() / '.cache' / 'flexjax'
   except RuntimeError:  # a user without a home
     return Path(tempfile.gettempdir()) / 'flexjax'
-
-
-def _version() -> str:
-  try:
-    return importlib.metadata.version('flexjax')
-  except importlib.metadata.PackageNotFoundError:
-    return '-unknown'
 
 
 def _name(machine: Machine) -> str:

@@ -426,11 +426,7 @@ class LLM:
     if self._settled is not None:
       size, batches = self._settled
       prompts = None
-    if size is not None and prompts is not None:
-      size = min(size, prompts)
-    if batches is not None and prompts is not None:
-      batches = min(batches, math.ceil(prompts / (size or 1)))
-    return search.Request(
+    request = search.Request(
       prompt_len=-(-prompt_len // _COLUMNS) * _COLUMNS,
       gen_len=gen_len,
       prompts=prompts,
@@ -438,6 +434,7 @@ class LLM:
       num_batches=batches,
       max_latency=self._max_latency,
     )
+    return request.clamped()
 
   def _blocks(self, ids, work: Workload):
     return blocks(

@@ -8,9 +8,7 @@ that one does not have.
 import dataclasses
 import functools
 import itertools
-import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
 
 from flexjax.config import ModelConfig, Packing, Policy, Split, Workload
 from flexjax.errors import InputError
@@ -18,24 +16,19 @@ from flexjax.hardware import Hardware
 from flexjax.models import opt
 from flexjax.policy.plan import Plan, resolve
 from flexjax.policy.problem import Problem
-from flexjax.policy.search import Guess, Request, Variant, place, search
+from flexjax.policy.search import Request, Variant
 from flexjax.quant import kernels, keys
+from flexjax.runtime import ranking
 from flexjax.runtime.formats import Format
 from flexjax.runtime.simulate import Prediction, predict
 from flexjax.tiers.base import spec_bytes
 from flexjax.typing import Key
 
 _ALIKE = 0.99  # of the best rate: then the shorter block is taken
-_HOPELESS = 0.9  # of the best rate: what promises less is not simulated
-_RANKED = 14  # plans that are simulated, at most
 _MOST_CELLS = 100_000  # of a step, which takes seconds to simulate
-_RANKED_BY = 2  # steps of them: the prefill and a decode step
-_CELLS = 50_000  # of them together, beyond which no more are simulated
 # How much longer dispatching is taken to last when plans are compared: records
 # of H200s say 75 to 155 us a cell, whose runs then took 110 to 290.
 _CAUTION = 2.5
-_TRIES = 4  # to find a block that is short enough
-_LESS = 0.98  # of what is missing, because whole keys are not fractions
 _ATTENTIONS = ('device', 'host')
 # Of an accelerator's memory: what its allocator held beyond the plan was 4 %.
 _FRAGMENTS = 0.04
@@ -72,47 +65,6 @@ class Choice:
   hardware: Hardware
   form: Format
   runners_up: tuple[tuple[Plan, Prediction], ...] = ()
-
-
-class _Ranked(NamedTuple):
-  """A plan that was simulated; prompts per second, by its first steps."""
-
-  rate: float
-  first: Prediction
-  plan: Plan
-
-
-class _Learnt:
-  """Corrects what guesses promise by how others of their kind fell short.
-
-  The program knows nothing of waits. A block half or twice as large in batches,
-  or in their number, is expected to fall short half as much as the nearest one
-  that is known.
-  """
-
-  def __init__(self):
-    self._short: dict[Hashable, list[tuple[float, float, float]]] = {}
-
-  def promise(self, guess: Guess) -> float:
-    """Returns the prompts per second that are to be expected, at best."""
-    known = self._short.get(guess.kind)
-    if not known:
-      return guess.rate
-    size, batches = self._at(guess)
-    distance, short = min(
-      (abs(size - s) + abs(batches - b), short) for s, b, short in known
-    )
-    return guess.rate * (1 - short * 2**-distance)
-
-  def add(self, guess: Guess, rate: float) -> None:
-    """Takes in what the simulator says of a guess's plan."""
-    at = (*self._at(guess), 1 - rate / guess.rate)
-    self._short.setdefault(guess.kind, []).append(at)
-
-  @staticmethod
-  def _at(guess: Guess) -> tuple[float, float]:
-    work = guess.problem.work
-    return math.log2(work.batch_size), math.log2(work.num_batches)
 
 
 class Planner:
@@ -172,11 +124,11 @@ class Planner:
         are too many batches to plan for.
     """
     self._check(request)
-    ranked = self._ranked(request, fixed, watched)
+    variants, machine = self._variants(fixed), self.cautious
+    ranked = ranking.rank(variants, request, machine, fixed, watched)
     if not ranked:
       plan = self._fallback(request, fixed, watched)
-      ranked = [self._rank(plan, request, watched)]
-    ranked.sort(key=lambda one: -one.rate)
+      ranked = [ranking.simulate(plan, request, machine, watched)]
     alike = [one for one in ranked if one.rate >= _ALIKE * ranked[0].rate]
     chosen = min(alike, key=lambda one: one.first.seconds)
     return Choice(
@@ -197,70 +149,6 @@ class Planner:
         f'num_batches must be at most {most} for {len(layers)} layers, got '
         f'{request.num_batches}'
       )
-
-  def _ranked(self, request: Request, fixed, watched: bool) -> list[_Ranked]:
-    """What the search finds, as far as the simulator finds it short enough.
-
-    The search takes links and computing for perfectly overlapped, so that a
-    block may take longer than it says: then it is asked for shorter ones.
-    """
-    asked, most = request, request.max_latency or math.inf
-    kept: list[_Ranked] = []
-    for _ in range(_TRIES):
-      found = self._simulated(asked, most, fixed, watched)
-      kept += [one for one in found if one.first.seconds <= most]
-      best = max((one.rate for one in kept), default=0.0)
-      over = [
-        one.first.seconds / most
-        for one in found
-        if one.first.seconds > most and one.rate > best
-      ]
-      if not over:
-        break
-      assert asked.max_latency is not None
-      bound = _LESS * asked.max_latency / min(over)
-      asked = dataclasses.replace(asked, max_latency=bound)
-    return kept
-
-  def _simulated(
-    self, request: Request, most: float, fixed, watched: bool
-  ) -> list[_Ranked]:
-    """Simulates what promises most, corrected by what was learnt meanwhile, and
-    one of every format first; as long as it promises nine tenths of the best,
-    and there are not too many."""
-    guesses = search(self._variants(fixed), request, self.cautious, fixed=fixed)
-    ranked: list[_Ranked] = []
-    learnt, best, cells = _Learnt(), 0.0, 0
-    tried: set[Hashable] = set()
-
-    def order(guess: Guess) -> tuple[bool, float]:
-      return guess.format not in tried, learnt.promise(guess)
-
-    while len(ranked) < _RANKED and cells < _CELLS:
-      guesses = [g for g in guesses if learnt.promise(g) >= _HOPELESS * best]
-      if not guesses:
-        break
-      guess = max(guesses, key=order)
-      guesses.remove(guess)
-      tried.add(guess.format)
-      plan = place(guess, self.cautious, request.max_latency, fixed)
-      if plan is None:
-        continue
-      one = self._rank(plan, request, watched)
-      ranked.append(one)
-      learnt.add(guess, one.rate)
-      if one.first.seconds <= most:
-        best = max(best, one.rate)
-      steps = _RANKED_BY * (1 if request.max_latency is None else 2)
-      batches = plan.problem.work.num_batches
-      cells += steps * len(plan.problem.layers) * batches
-    return ranked
-
-  def _rank(self, plan: Plan, request: Request, watched: bool) -> _Ranked:
-    bounded = request.max_latency is not None  # then all steps count
-    steps = {} if bounded else {'first': _RANKED_BY}
-    first = predict(plan, self.cautious, watched=watched, **steps)
-    return _Ranked(request.rate(plan.problem.work, first.seconds), first, plan)
 
   def problem(self, form: Format, policy: Policy, work: Workload) -> Problem:
     """Returns what is to be placed, if weights are stored as `form`."""

@@ -124,19 +124,15 @@ def _prepare(
       f'{prompt_len} prompt tokens and {gen_len} new ones exceed the context '
       f'of {config.max_positions}'
     )
-  size, batches = flags.pop('batch_size', None), flags.pop('num_batches', None)
-  if num_prompts is not None:  # as a run does
-    size = size and min(size, num_prompts)
-    batches = batches and min(batches, math.ceil(num_prompts / (size or 1)))
   request = Request(
     prompt_len=prompt_len,
     gen_len=gen_len,
     prompts=num_prompts,
-    batch_size=size,
-    num_batches=batches,
+    batch_size=flags.pop('batch_size', None),
+    num_batches=flags.pop('num_batches', None),
     max_latency=max_latency,
   )
-  return _planner(config, held, hardware, **flags), request
+  return _planner(config, held, hardware, **flags), request.clamped()
 
 
 def _model(model: str | Path | None) -> tuple[ModelConfig, Format | None]:
@@ -145,7 +141,13 @@ def _model(model: str | Path | None) -> tuple[ModelConfig, Format | None]:
   name = str(model).lower().rsplit('/', 1)[-1]
   if name in presets.NAMES and not Path(str(model)).is_dir():
     return presets.preset(name), None
-  source = sources.find_source(model)
+  try:
+    source = sources.find_source(model)
+  except InputError as e:
+    if Path(str(model)).is_dir():
+      raise
+    names = ', '.join(presets.NAMES)
+    raise InputError(f'{e}; there are presets {names}') from None
   return source.config, source.held.form if source.held else None
 
 

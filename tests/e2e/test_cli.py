@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.metadata
 import json
 import math
 import os
@@ -361,6 +362,8 @@ REFUSED = {
     NO_WEIGHTS,
   ),
   'trace over input': (None, ['--trace={}/in.jsonl'], r'overwrite'),
+  'stats over input': (None, ['--stats={}/in.jsonl'], r'overwrite --input'),
+  'trace over stats': (None, ['--trace={}/stats.json'], r'overwrite --stats'),
 }
 
 
@@ -851,6 +854,12 @@ def test_help(flexjax, argv):
   done = flexjax(*argv)
   assert (done.code, done.stderr) == (0, '')
   assert '--' in done.stdout
+
+
+def test_version(flexjax):
+  done = flexjax('--version')
+  assert (done.code, done.stderr) == (0, '')
+  assert done.stdout == f'flexjax {importlib.metadata.version("flexjax")}\n'
 
 
 def start(*argv, **kwargs):

@@ -1,0 +1,142 @@
+"""Which of the search's guesses are simulated, in which order, and their rank.
+
+The search is quick and knows nothing of waits; the simulator knows them and
+takes a while. What it says of a few plans is held against the rest.
+"""
+
+import dataclasses
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from typing import NamedTuple
+
+from flexjax.hardware import Hardware
+from flexjax.policy.plan import Plan
+from flexjax.policy.search import Guess, Request, Variant, place, search
+from flexjax.runtime.simulate import Prediction, predict
+from flexjax.typing import Key
+
+_HOPELESS = 0.9  # of the best rate: what promises less is not simulated
+_RANKED = 14  # plans that are simulated, at most
+_RANKED_BY = 2  # steps of them: the prefill and a decode step
+_CELLS = 50_000  # of them together, beyond which no more are simulated
+_TRIES = 4  # to find a block that is short enough
+_LESS = 0.98  # of what is missing, because whole keys are not fractions
+
+
+class Ranked(NamedTuple):
+  """A plan that was simulated; prompts per second, by its first steps."""
+
+  rate: float
+  first: Prediction
+  plan: Plan
+
+
+def rank(
+  variants: Sequence[Variant],
+  request: Request,
+  hardware: Hardware,
+  fixed: Mapping[Key, str] | None,
+  watched: bool,
+) -> list[Ranked]:
+  """Returns the plans that the search finds, as far as the simulator finds them
+  short enough, best first; none where nothing fits.
+
+  The search takes links and computing for perfectly overlapped, so that a
+  block may take longer than it says: then it is asked for shorter ones.
+  """
+  asked, most = request, request.max_latency or math.inf
+  kept: list[Ranked] = []
+  for _ in range(_TRIES):
+    guesses = search(variants, asked, hardware, fixed=fixed)
+    found = _simulate_some(guesses, asked, most, hardware, fixed, watched)
+    kept += [one for one in found if one.first.seconds <= most]
+    best = max((one.rate for one in kept), default=0.0)
+    over = [
+      one.first.seconds / most
+      for one in found
+      if one.first.seconds > most and one.rate > best
+    ]
+    if not over:
+      break
+    assert asked.max_latency is not None
+    bound = _LESS * asked.max_latency / min(over)
+    asked = dataclasses.replace(asked, max_latency=bound)
+  return sorted(kept, key=lambda one: -one.rate)
+
+
+def simulate(
+  plan: Plan, request: Request, hardware: Hardware, watched: bool
+) -> Ranked:
+  """Ranks a plan, by all of its steps where its seconds are bounded."""
+  steps = {} if request.max_latency is not None else {'first': _RANKED_BY}
+  first = predict(plan, hardware, watched=watched, **steps)
+  return Ranked(request.rate(plan.problem.work, first.seconds), first, plan)
+
+
+def _simulate_some(
+  guesses: Sequence[Guess],
+  request: Request,
+  most: float,
+  hardware: Hardware,
+  fixed: Mapping[Key, str] | None,
+  watched: bool,
+) -> list[Ranked]:
+  """Simulates what promises most, corrected by what was learnt meanwhile, and
+  one of every format first; as long as it promises nine tenths of the best
+  that takes at most `most` seconds, and there are not too many."""
+  ranked: list[Ranked] = []
+  learnt, best, cells = _Learnt(), 0.0, 0
+  tried: set[Hashable] = set()
+  while len(ranked) < _RANKED and cells < _CELLS:
+    promised = [(learnt.promise(guess), guess) for guess in guesses]
+    promised = [one for one in promised if one[0] >= _HOPELESS * best]
+    if not promised:
+      break
+    _, guess = max(
+      promised, key=lambda one: (one[1].format not in tried, one[0])
+    )
+    guesses = [other for _, other in promised if other is not guess]
+    tried.add(guess.format)
+    plan = place(guess, hardware, request.max_latency, fixed)
+    if plan is None:
+      continue
+    one = simulate(plan, request, hardware, watched)
+    ranked.append(one)
+    learnt.add(guess, one.rate)
+    if one.first.seconds <= most:
+      best = max(best, one.rate)
+    steps = _RANKED_BY * (1 if request.max_latency is None else 2)
+    cells += steps * len(plan.problem.layers) * plan.problem.work.num_batches
+  return ranked
+
+
+class _Learnt:
+  """Corrects what guesses promise by how others of their kind fell short.
+
+  A block half or twice as large in batches, or in their number, is expected to
+  fall short half as much as the nearest one that is known.
+  """
+
+  def __init__(self) -> None:
+    self._short: dict[Hashable, list[tuple[float, float, float]]] = {}
+
+  def promise(self, guess: Guess) -> float:
+    """Returns the prompts per second that are to be expected, at best."""
+    known = self._short.get(guess.kind)
+    if not known:
+      return guess.rate
+    size, batches = self._at(guess)
+    distance, short = min(
+      (abs(size - s) + abs(batches - b), short) for s, b, short in known
+    )
+    return guess.rate * (1 - short * 2**-distance)
+
+  def add(self, guess: Guess, rate: float) -> None:
+    """Takes in what the simulator says of a guess's plan."""
+    at = (*self._at(guess), 1 - rate / guess.rate)
+    self._short.setdefault(guess.kind, []).append(at)
+
+  @staticmethod
+  def _at(guess: Guess) -> tuple[float, float]:
+    work = guess.problem.work
+    return math.log2(work.batch_size), math.log2(work.num_batches)
