@@ -41,6 +41,7 @@ LATENCY = 30e-6  # of a copy over PCIe
 DISK_LATENCY = 200e-6  # of a TensorStore request, an estimate
 HOST_ROW = 450e-6  # any row into pinned memory: 0.44-0.49 ms
 HOST_CALL = 100e-6  # of a jitted function on the CPU backend
+# Of H200s' hosts, calibrated.
 DISPATCH = {'compute': 150e-6, 'read': 280e-6, 'write': 150e-6}
 
 WIDTHS = (768, 2048, 4096, 12288)
@@ -171,8 +172,9 @@ def _line(amounts: Iterable[float], start: float, rate: float) -> Curve:
 
 COMMON = (
   'Curves: estimates by configs/hardware/from_data_sheet.py, which takes of '
-  'these rates the parts that an H200 was measured to reach; pack, pick, '
-  'dispatch, latencies and contention are estimates of their own.'
+  'these rates the parts that an H200 was measured to reach; dispatching is '
+  "that of H200s' hosts; pack, pick, latencies and contention are estimates of "
+  'their own.'
 )
 
 MACHINES = {

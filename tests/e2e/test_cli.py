@@ -870,6 +870,8 @@ def start(*argv, **kwargs):
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
+    # A shell's background jobs ignore it, and so would what they start.
+    preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     **kwargs,
   )
 
