@@ -863,6 +863,8 @@ def test_version(flexjax):
 
 
 def start(*argv, **kwargs):
+  # A shell's background job ignores it, and so would what the job starts.
+  signal.signal(signal.SIGINT, signal.default_int_handler)
   command = [sys.executable, '-m', 'flexjax', *map(str, argv)]
   return subprocess.Popen(
     command,
@@ -870,8 +872,6 @@ def start(*argv, **kwargs):
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
-    # A shell's background jobs ignore it, and so would what they start.
-    preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     **kwargs,
   )
 
