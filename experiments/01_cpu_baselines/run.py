@@ -86,7 +86,8 @@ def run_flexjax(arguments):
   with tempfile.TemporaryDirectory() as folder:
     stats_file = Path(folder) / 'stats.json'
     command = [sys.executable, '-m', 'flexjax', 'bench', '--random_weights']
-    command += [*arguments, f'--stats={stats_file}']
+    # As many prompts as the other side has, though more would share weights.
+    command += [*arguments, '--num_batches=1', f'--stats={stats_file}']
     if '--host_memory=1GiB' in arguments:
       command.append(f'--disk_dir={_WORK_DIR.value}/flexjax')
     _, rss = run(command)
