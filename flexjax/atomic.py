@@ -20,11 +20,11 @@ def write(
   Raises:
     OSError: it cannot be written.
   """
-  path = Path(path).resolve()
-  if path.exists() and not path.is_file():
+  if os.path.exists(path) and not os.path.isfile(path):
     with open(path, 'w', encoding='utf-8') as file:
       file.writelines(parts)
     return
+  path = Path(os.path.realpath(path))
   new = path.with_name(path.name + '.new')
   try:
     with open(new, 'w', encoding='utf-8') as file:

@@ -71,13 +71,14 @@ def run() -> int:
   if not source.is_file():
     raise InputError(f"--input '{source}' is not a file")
   check_target(target)
-  own = {p.resolve() for p in (target, state_of(target), kept_of(target))}
-  if source.resolve() in own:
-    raise InputError('--output would overwrite --input')
-  if FLAGS.stats and Path(FLAGS.stats).resolve() in {*own, source.resolve()}:
-    raise InputError('--stats would overwrite --input or --output')
-  for name in ('stats', 'output'):
-    files.check_writable(name, FLAGS[name].value)
+  written = {
+    'output': FLAGS.output,
+    "output's journal": str(state_of(target)),
+    "output's kept results": str(kept_of(target)),
+    'stats': FLAGS.stats,
+  }
+  read = {'input': FLAGS.input, 'hardware': FLAGS.hardware}
+  files.check_outputs(written, read)
   default = shared.sampling()
   survey = inputs.survey(source)
   settings = {name: FLAGS[name].value for name in _SETTINGS}

@@ -63,15 +63,24 @@ def check_outputs(
   Raises:
     InputError: one cannot be written, or would overwrite another.
   """
-  names = {Path(file).resolve(): name for name, file in read.items() if file}
+  names = {identity(file): name for name, file in read.items() if file}
   for name, file in written.items():
-    if not file:
+    if file is None:
       continue
-    path = Path(file).resolve()
-    if path in names and (path.is_file() or not path.exists()):
-      raise InputError(f'--{name} would overwrite --{names[path]}')
-    names[path] = name
+    same = identity(file)
+    if same in names and (os.path.isfile(file) or not os.path.exists(file)):
+      raise InputError(f'--{name} would overwrite --{names[same]}')
+    names[same] = name
     check_writable(name, file)
+
+
+def identity(file: str) -> Any:
+  """What a file has in common with another name of it."""
+  try:
+    found = os.stat(file)
+  except OSError:
+    return os.path.realpath(file)
+  return found.st_dev, found.st_ino
 
 
 def check_writable(name: str, value: str | None) -> None:

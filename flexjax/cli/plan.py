@@ -24,11 +24,12 @@ from flexjax.policy.placement import TIERS
 from flexjax.policy.plan import Plan
 from flexjax.runtime import planning as plans
 from flexjax.runtime import simulate, timeline
-from flexjax.runtime.planner import Choice
+from flexjax.runtime.planner import CAUTION, Choice
 from flexjax.runtime.simulate import Prediction
 
 FLAGS = flags.FLAGS
 _WIDTH = 110  # of tables where there is no terminal
+_SLOWLY = 'if_dispatching_is_slow'  # a field: see `Choice.slowly`
 _POLICY = (
   'dtype', 'weights', 'cache', 'hidden', 'batch_size', 'num_batches',
   'schedule', 'prefetch_depth', 'overlap', 'attention', 'weight_bits',
@@ -101,7 +102,11 @@ def show(console: rich.console.Console, choice: Choice) -> None:
   console.print()
   console.print(_memory(plan, predicted))
   if choice.runners_up:
-    console.print('\nrunners-up')
+    rate = choice.slowly.throughput_tokens_per_s
+    console.print(
+      f'\nrunners-up, if dispatching took {CAUTION:g} times as long (this plan '
+      f'then: {rate:.4g} tokens/s)'
+    )
     console.print(_table(choice.runners_up))
 
 
@@ -186,8 +191,10 @@ def _seconds(value: float) -> str:
   return f'{value:.3g} s' if value < 1000 else f'{value:.0f} s'
 
 
-def to_json(plan: Plan, predicted: Prediction) -> Mapping[str, Any]:
-  """Returns a plan and its prediction as plain numbers."""
+def to_json(
+  plan: Plan, predicted: Prediction, name: str = 'predicted'
+) -> Mapping[str, Any]:
+  """Returns a plan and its prediction, a field `name`, as plain numbers."""
   work = plan.problem.work
   return {
     'flags': command_line(plan),
@@ -196,7 +203,7 @@ def to_json(plan: Plan, predicted: Prediction) -> Mapping[str, Any]:
     'placement': plan.placement,
     'planned_bytes': plan.peak,
     'budget_bytes': plan.problem.budgets,
-    'predicted': predicted.to_json(),
+    name: predicted.to_json(),
   }
 
 
@@ -204,7 +211,8 @@ def _write(path: Path, choice: Choice, curve: list[Choice]) -> None:
   fields = {
     'hardware': choice.hardware.name,
     **to_json(choice.plan, choice.prediction),
-    'runners_up': [to_json(*one) for one in choice.runners_up],
+    _SLOWLY: choice.slowly.to_json(),
+    'runners_up': [to_json(*one, _SLOWLY) for one in choice.runners_up],
   }
   if curve:
     fields['pareto'] = [to_json(c.plan, c.prediction) for c in curve]

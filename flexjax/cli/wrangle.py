@@ -106,8 +106,8 @@ def _check_flags() -> None:
     raise InputError(
       f'--max_new_tokens must be at least 1, got {FLAGS.max_new_tokens}'
     )
-  train = FLAGS.train and Path(FLAGS.train).resolve()
-  if train and train == Path(FLAGS.input).resolve():
+  same = files.identity(FLAGS.input)
+  if FLAGS.train and files.identity(FLAGS.train) == same:
     # A row among its own examples has its answer before it.
     raise InputError('--train is --input: the examples would be the answers')
 

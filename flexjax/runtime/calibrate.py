@@ -28,6 +28,7 @@ from flexjax.version import VERSION
 
 OnProgress = Callable[[str, int, int], None]
 _log = logging.getLogger(__name__)
+_EDITION = 2  # of what is measured and how: older records are not found
 _DISK_LINKS = ('disk_to_host', 'host_to_disk')
 
 
@@ -187,7 +188,7 @@ def cache_path(machine: Machine) -> Path:
   name = re.sub('[^a-z0-9]+', '-', _name(machine).lower()).strip('-')
   return _cache_dir() / (
     f'hardware-{name}-{_cores()}-cores-jax{jax.__version__}'
-    f'-flexjax{VERSION}.json'
+    f'-flexjax{VERSION}-{_EDITION}.json'
   )
 
 

@@ -28,7 +28,7 @@ _ALIKE = 0.99  # of the best rate: then the shorter block is taken
 _MOST_CELLS = 100_000  # of a step, which takes seconds to simulate
 # How much longer dispatching is taken to last when plans are compared: records
 # of H200s say 75 to 155 us a cell, whose runs then took 110 to 290.
-_CAUTION = 2.5
+CAUTION = 2.5
 _ATTENTIONS = ('device', 'host')
 # Of an accelerator's memory: what its allocator held beyond the plan was 4 %.
 _FRAGMENTS = 0.04
@@ -56,14 +56,16 @@ class Choice:
   Attributes:
     hardware: the machine that was planned for.
     form: of its weights.
-    runners_up: other plans, best first, with what they are expected to take
-      where dispatching is slower than the record says; see `Planner`.
+    slowly: what the plan is expected to take if dispatching takes `CAUTION`
+      times as long as the record says: by that plans are compared.
+    runners_up: other plans, best first, with what they take then.
   """
 
   plan: Plan
   prediction: Prediction
   hardware: Hardware
   form: Format
+  slowly: Prediction
   runners_up: tuple[tuple[Plan, Prediction], ...] = ()
 
 
@@ -98,7 +100,7 @@ class Planner:
     self.config, self.policy, self.hardware = config, policy, hardware
     self.cautious = dataclasses.replace(
       hardware,
-      dispatch={what: _CAUTION * t for what, t in hardware.dispatch.items()},
+      dispatch={what: CAUTION * t for what, t in hardware.dispatch.items()},
     )
     self.machine, self.cache_bits = machine, tuple(cache_bits)
     self.forms = [form for form in forms if hardware.knows(form.dtype)]
@@ -124,20 +126,22 @@ class Planner:
         are too many batches to plan for.
     """
     self._check(request)
-    variants, machine = self._variants(fixed), self.cautious
-    ranked = ranking.rank(variants, request, machine, fixed, watched)
+    machines = ranking.Machines(self.hardware, self.cautious)
+    variants = self._variants(fixed)
+    ranked = ranking.rank(variants, request, machines, fixed, watched)
     if not ranked:
       plan = self._fallback(request, fixed, watched)
-      ranked = [ranking.simulate(plan, request, machine, watched)]
+      ranked = [ranking.simulate(plan, request, machines, watched)]
     alike = [one for one in ranked if one.rate >= _ALIKE * ranked[0].rate]
-    chosen = min(alike, key=lambda one: one.first.seconds)
+    chosen = min(alike, key=lambda one: one.seconds)
     return Choice(
       plan=chosen.plan,
       prediction=predict(chosen.plan, self.hardware, watched=watched),
       hardware=self.hardware,
       form=self._form(chosen.plan),
+      slowly=chosen.slowly,
       runners_up=tuple(
-        (one.plan, one.first) for one in ranked if one is not chosen
+        (one.plan, one.slowly) for one in ranked if one is not chosen
       ),
     )
 

@@ -24,22 +24,37 @@ _LESS = 0.98  # of what is missing, because whole keys are not fractions
 
 
 class Ranked(NamedTuple):
-  """A plan that was simulated; prompts per second, by its first steps."""
+  """A plan that was simulated.
+
+  Attributes:
+    rate: prompts per second on the cautious machine, by `slowly`.
+    seconds: of a block; on the machine itself where they are bounded.
+    slowly: its first steps on the cautious machine.
+  """
 
   rate: float
-  first: Prediction
+  seconds: float
+  slowly: Prediction
   plan: Plan
+
+
+class Machines(NamedTuple):
+  """A record; and the same where dispatching takes longer, by which plans are
+  compared."""
+
+  record: Hardware
+  cautious: Hardware
 
 
 def rank(
   variants: Sequence[Variant],
   request: Request,
-  hardware: Hardware,
+  machines: Machines,
   fixed: Mapping[Key, str] | None,
   watched: bool,
 ) -> list[Ranked]:
   """Returns the plans that the search finds, as far as the simulator finds them
-  short enough, best first; none where nothing fits.
+  short enough, best first; none where nothing fits, or nothing is short enough.
 
   The search takes links and computing for perfectly overlapped, so that a
   block may take longer than it says: then it is asked for shorter ones.
@@ -47,14 +62,13 @@ def rank(
   asked, most = request, request.max_latency or math.inf
   kept: list[Ranked] = []
   for _ in range(_TRIES):
-    guesses = search(variants, asked, hardware, fixed=fixed)
-    found = _simulate_some(guesses, asked, most, hardware, fixed, watched)
-    kept += [one for one in found if one.first.seconds <= most]
+    found = _simulate_some(variants, asked, most, machines, fixed, watched)
+    kept += [one for one in found if one.seconds <= most]
     best = max((one.rate for one in kept), default=0.0)
     over = [
-      one.first.seconds / most
+      one.seconds / most
       for one in found
-      if one.first.seconds > most and one.rate > best
+      if one.seconds > most and one.rate > best
     ]
     if not over:
       break
@@ -65,25 +79,31 @@ def rank(
 
 
 def simulate(
-  plan: Plan, request: Request, hardware: Hardware, watched: bool
+  plan: Plan, request: Request, machines: Machines, watched: bool
 ) -> Ranked:
-  """Ranks a plan, by all of its steps where its seconds are bounded."""
-  steps = {} if request.max_latency is not None else {'first': _RANKED_BY}
-  first = predict(plan, hardware, watched=watched, **steps)
-  return Ranked(request.rate(plan.problem.work, first.seconds), first, plan)
+  """Ranks a plan."""
+  slowly = predict(plan, machines.cautious, watched=watched, first=_RANKED_BY)
+  seconds = slowly.seconds
+  if request.max_latency is not None:  # which is about the machine itself
+    seconds = predict(plan, machines.record, watched=watched).seconds
+  rate = request.rate(plan.problem.work, slowly.seconds)
+  return Ranked(rate, seconds, slowly, plan)
 
 
 def _simulate_some(
-  guesses: Sequence[Guess],
+  variants: Sequence[Variant],
   request: Request,
   most: float,
-  hardware: Hardware,
+  machines: Machines,
   fixed: Mapping[Key, str] | None,
   watched: bool,
 ) -> list[Ranked]:
   """Simulates what promises most, corrected by what was learnt meanwhile, and
   one of every format first; as long as it promises nine tenths of the best
   that takes at most `most` seconds, and there are not too many."""
+  bounded = request.max_latency is not None
+  hardware = machines.record if bounded else machines.cautious
+  guesses: Sequence[Guess] = search(variants, request, hardware, fixed=fixed)
   ranked: list[Ranked] = []
   learnt, best, cells = _Learnt(), 0.0, 0
   tried: set[Hashable] = set()
@@ -100,12 +120,12 @@ def _simulate_some(
     plan = place(guess, hardware, request.max_latency, fixed)
     if plan is None:
       continue
-    one = simulate(plan, request, hardware, watched)
+    one = simulate(plan, request, machines, watched)
     ranked.append(one)
     learnt.add(guess, one.rate)
-    if one.first.seconds <= most:
+    if one.seconds <= most:
       best = max(best, one.rate)
-    steps = _RANKED_BY * (1 if request.max_latency is None else 2)
+    steps = _RANKED_BY * (3 if bounded else 1)
     cells += steps * len(plan.problem.layers) * plan.problem.work.num_batches
   return ranked
 

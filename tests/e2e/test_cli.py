@@ -364,6 +364,26 @@ REFUSED = {
   'trace over input': (None, ['--trace={}/in.jsonl'], r'overwrite'),
   'stats over input': (None, ['--stats={}/in.jsonl'], r'overwrite --input'),
   'trace over stats': (None, ['--trace={}/stats.json'], r'overwrite --stats'),
+  'stats over record': (
+    None,
+    [
+      '--hardware={}/in.jsonl',
+      '--input={}/one/config.json',
+      '--stats={}/in.jsonl',
+    ],
+    r'overwrite --hardware',
+  ),
+  'output by another name': (
+    lambda place: os.link(place / 'in.jsonl', place / 'hard.jsonl'),
+    ['--output={}/hard.jsonl'],
+    r'overwrite --input',
+  ),
+  'output is a circle': (
+    lambda place: (place / 'circle').symlink_to(place / 'circle'),
+    ['--output={}/circle'],
+    r'--output.*circle',
+  ),
+  'empty stats': (None, ['--stats='], r"--stats '\.' cannot be written"),
 }
 
 

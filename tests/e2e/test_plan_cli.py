@@ -129,10 +129,13 @@ def test_loss_only_where_it_is_allowed(plan):
 
 def test_other_plans_are_no_faster_by_much(plan):
   fields = plan('opt-30b')
-  rates = [rate(one) for one in fields['runners_up']]
+  slowly = 'if_dispatching_is_slow'
+  rates = [
+    one[slowly]['throughput_tokens_per_s'] for one in fields['runners_up']
+  ]
   assert rates == sorted(rates, reverse=True)
   assert rates
-  assert max(rates) <= rate(fields) * 1.05
+  assert max(rates) <= fields[slowly]['throughput_tokens_per_s'] * 1.05
 
 
 # Flags that are given.

@@ -111,6 +111,19 @@ def test_a_bounded_block_is_as_large_as_it_may_be():
       assert given.throughput_tokens_per_s <= limit
 
 
+@pytest.mark.parametrize('more', [1.01, 1.2])
+@pytest.mark.parametrize(('name', 'prompts'), [('h200', 64), ('t4', 16)])
+def test_a_bound_above_what_a_plan_takes_is_none(name, prompts, more):
+  """Where dispatching binds, too: the bound goes by the record."""
+  flags = {'hardware': f'{CONFIGS}/{name}.json', 'num_prompts': prompts}
+  best = planning.plan('opt-1.3b', **flags).prediction
+  bound = more * best.seconds
+  given = planning.plan('opt-1.3b', max_latency=bound, **flags).prediction
+  assert given.seconds <= bound
+  least = 0.98 * best.throughput_tokens_per_s
+  assert given.throughput_tokens_per_s >= least
+
+
 def test_more_time_is_never_worse():
   """Even where one format fits and a better one has to be asked again."""
   flags = {'hardware': f'{CONFIGS}/t4.json', 'allow_lossy': True}
@@ -151,7 +164,7 @@ def test_caution_pays_where_dispatching_is_slow(monkeypatch):
     return predict(choice.plan, slow).throughput_tokens_per_s
 
   cautious = rate()
-  monkeypatch.setattr('flexjax.runtime.planner._CAUTION', 1.0)
+  monkeypatch.setattr('flexjax.runtime.planner.CAUTION', 1.0)
   assert cautious > 1.1 * rate()
 
 
