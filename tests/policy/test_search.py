@@ -345,3 +345,25 @@ def test_all_prompts_count_not_those_that_would_fit():
   assert request.rate(five, 2.0) == 10 / 2
   free = dataclasses.replace(request, prompts=None)
   assert free.rate(one, 2.0) == 8 / 2
+
+
+@pytest.mark.parametrize(
+  ('prompts', 'given', 'expected'),
+  [
+    (3, (100, None), (3, None)),
+    (3, (2, 5), (2, 2)),
+    (3, (None, 5), (None, 3)),
+    (1000, (8, 4), (8, 4)),
+    (None, (100, 100), (100, 100)),
+  ],
+)
+def test_a_block_is_no_larger_than_there_are_prompts(prompts, given, expected):
+  size, batches = given
+  request = Request(
+    prompt_len=8,
+    gen_len=4,
+    prompts=prompts,
+    batch_size=size,
+    num_batches=batches,
+  ).clamped()
+  assert (request.batch_size, request.num_batches) == expected
