@@ -81,7 +81,7 @@ def rank(
 def simulate(
   plan: Plan, request: Request, machines: Machines, watched: bool
 ) -> Ranked:
-  """Ranks a plan."""
+  """Simulates a plan for its rank, and its seconds where they are bounded."""
   slowly = predict(plan, machines.cautious, watched=watched, first=_RANKED_BY)
   seconds = slowly.seconds
   if request.max_latency is not None:  # which is about the machine itself
