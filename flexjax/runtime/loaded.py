@@ -5,6 +5,7 @@ there.
 """
 
 import dataclasses
+import functools
 import time
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -161,7 +162,7 @@ class LoadedModel:
     """Plans, unless that has been done; the work is a new one each time."""
     key = self._key(request, watched, fixed)
     if key not in self._chosen:
-      self._chosen[key] = self._planner().choose(
+      self._chosen[key] = self._planner(self._lossy).choose(
         request, watched=watched, fixed=fixed
       )
     choice = self._chosen[key]
@@ -179,16 +180,16 @@ class LoadedModel:
     assert self.store is not None
     return {k: p for k, p in self.store.places.items() if k[0] == 'weights'}
 
-  def _planner(self) -> Planner:
+  def _planner(self, lossy: bool) -> Planner:
     assert self._record is not None
     policy = self.policy
     cache_bits: tuple[int, ...] = (policy.cache_bits or 16,)
-    if self._lossy and policy.cache_bits is None:
+    if lossy and policy.cache_bits is None:
       cache_bits = (16, 4)
     return Planner(
       self.source.config,
       policy,
-      [self.form] if self.form else self._forms(),
+      [self.form] if self.form else self._forms(lossy),
       self._record,
       Machine(
         unified=self.machine.unified,
@@ -196,6 +197,7 @@ class LoadedModel:
         budgets=lambda form: self.budgets | {'disk': self._disk_budget(form)},
       ),
       cache_bits=cache_bits,
+      lossy=None if lossy else functools.partial(self._planner, True),
     )
 
   def _disk_budget(self, form: Format) -> int:
@@ -209,7 +211,7 @@ class LoadedModel:
     sizes = self.store.tiers['disk'].sizes
     return free + sum(n for key, n in sizes.items() if key[0] != 'weights')
 
-  def _forms(self) -> list[Format]:
+  def _forms(self, lossy: bool) -> list[Format]:
     """Formats that the weights may have."""
     if self.weights.settled:
       dtypes = [self.weights.settled]
@@ -218,7 +220,7 @@ class LoadedModel:
     else:
       dtypes = [self.source.config.checkpoint_dtype]
     forms = [self.weights.form(dtype) for dtype in dtypes]
-    if self._lossy and self.policy.weight_bits is None:
+    if lossy and self.policy.weight_bits is None:
       forms += self.weights.lossy_forms(dtypes)
     return forms
 

@@ -5,6 +5,7 @@ It knows no weights and no tiers, so that one may plan for models and machines
 that one does not have.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -76,6 +77,8 @@ class Planner:
     policy: what is None in it is open, `weight_bits` apart.
     forms: formats that weights may have.
     cache_bits: that the cache may have.
+    lossy: makes a planner that may store in 4 bits what this one may not;
+      None where it would make no difference. It is for advice.
 
   Attributes:
     cautious: the machine that plans are compared on, whose dispatching takes
@@ -96,6 +99,7 @@ class Planner:
     machine: Machine,
     *,
     cache_bits: Sequence[int] = (16,),
+    lossy: 'Callable[[], Planner] | None' = None,
   ):
     self.config, self.policy, self.hardware = config, policy, hardware
     self.cautious = dataclasses.replace(
@@ -103,6 +107,7 @@ class Planner:
       dispatch={what: CAUTION * t for what, t in hardware.dispatch.items()},
     )
     self.machine, self.cache_bits = machine, tuple(cache_bits)
+    self._lossy = lossy
     self.forms = [form for form in forms if hardware.knows(form.dtype)]
     if not self.forms:
       hardware.of(hardware.mlp, forms[0].dtype)  # says what it knows
@@ -232,6 +237,17 @@ class Planner:
       prompt_len=request.prompt_len,
       gen_len=request.gen_len,
     )
+    try:
+      return self._filled(work, fixed)
+    except InputError as e:
+      if self._lossy is None:
+        raise
+      with contextlib.suppress(InputError):
+        self._lossy()._filled(work, fixed)
+        e = InputError(f'{e}; --allow_lossy would fit')
+      raise e from None
+
+  def _filled(self, work: Workload, fixed) -> Plan:
     refusals = []
     for variant in self._variants(fixed):
       policy = variant.policy

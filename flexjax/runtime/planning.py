@@ -1,6 +1,7 @@
 """Plans without weights: for a model by name, on this machine or another."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -190,22 +191,27 @@ def _planner(
     'host': host or record.host_memory,
     'disk': disk,
   }
-  return Planner(
-    config,
-    mine,
-    [held] if held else _forms(config, record, dtype, mine, allow_lossy),
-    record,
-    Machine(
-      unified=record.unified,
-      chunk_tokens=devices.chunk_tokens(record.platform),
-      budgets=lambda form: budgets,
-    ),
-    cache_bits=(
-      (16, 4)
-      if allow_lossy and mine.cache_bits is None
-      else (mine.cache_bits or 16,)
-    ),
-  )
+
+  def make(lossy: bool) -> Planner:
+    return Planner(
+      config,
+      mine,
+      [held] if held else _forms(config, record, dtype, mine, lossy),
+      record,
+      Machine(
+        unified=record.unified,
+        chunk_tokens=devices.chunk_tokens(record.platform),
+        budgets=lambda form: budgets,
+      ),
+      cache_bits=(
+        (16, 4)
+        if lossy and mine.cache_bits is None
+        else (mine.cache_bits or 16,)
+      ),
+      lossy=None if lossy else functools.partial(make, True),
+    )
+
+  return make(allow_lossy)
 
 
 def _record(hardware, device, host, disk_dir, on_progress) -> Hardware:

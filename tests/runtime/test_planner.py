@@ -168,6 +168,23 @@ def test_caution_pays_where_dispatching_is_slow(monkeypatch):
   assert cautious > 1.1 * rate()
 
 
+def test_a_refusal_says_whether_loss_would_help():
+  flags = {'hardware': f'{CONFIGS}/rtx3090.json', 'disk_space': 0}
+  with pytest.raises(InputError, match=r'; --allow_lossy would fit$'):
+    planning.plan('opt-30b', host_memory='30GiB', **flags)
+  assert planning.plan(
+    'opt-30b', host_memory='30GiB', allow_lossy=True, **flags
+  )
+  for more in (
+    {'model': 'opt-175b'},
+    {'allow_lossy': True, 'model': 'opt-175b'},
+    {'model': 'opt-30b', 'weight_bits': 16, 'cache_bits': 16},
+  ):
+    with pytest.raises(InputError, match='short by') as refusal:
+      planning.plan(host_memory='30GiB', **flags, **more)
+    assert 'lossy' not in str(refusal.value)
+
+
 def test_more_batches_than_can_be_planned_for_are_refused():
   flags = {'hardware': machine(), 'prompt_len': 16, 'gen_len': 4}
   with pytest.raises(InputError, match='num_batches must be at most 3846'):
