@@ -2,8 +2,11 @@
 
 import errno
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
+
+_STANDARD = {'/dev/stdout': 1, '/dev/stderr': 2}
 
 
 def write(
@@ -12,7 +15,7 @@ def write(
   """Writes a text file; one that was there stays until the new one is whole.
 
   What a link points to is written; what is no file, such as a device or a
-  pipe, is written to as it is.
+  pipe, is written to as it is, and so is a standard stream by its name.
 
   Args:
     sync: it is on the disk, under its name, when this returns.
@@ -20,6 +23,12 @@ def write(
   Raises:
     OSError: it cannot be written.
   """
+  if (standard := _STANDARD.get(str(path))) is not None:
+    # By number: opened by name, a file behind it would be written from its top.
+    sys.stdout.flush()
+    with open(os.dup(standard), 'w', encoding='utf-8') as file:
+      file.writelines(parts)
+    return
   if os.path.exists(path) and not os.path.isfile(path):
     with open(path, 'w', encoding='utf-8') as file:
       file.writelines(parts)

@@ -87,14 +87,21 @@ def check_writable(name: str, value: str | None) -> None:
   """Raises InputError where the file of flag --name cannot be written."""
   if value is None:
     return
-  path = Path(value)
   try:
+    if os.path.exists(value) and not os.path.isfile(value):
+      # Not opened: who reads a pipe would take an open and a close for its end.
+      if os.path.isdir(value):
+        raise IsADirectoryError('it is a directory')
+      if not os.access(value, os.W_OK):
+        raise PermissionError('it is not for this user')
+      return
+    path = Path(os.path.realpath(value))  # of a link what it points to
     new = not path.exists()
     with open(path, 'a'):
       pass
     if new:
       path.unlink()
-    elif path.is_file() and not os.access(path.resolve().parent, os.W_OK):
+    elif not os.access(path.parent, os.W_OK):
       raise PermissionError('its directory cannot be written')
   except OSError as e:
-    raise InputError(f"--{name} '{path}' cannot be written: {e}") from None
+    raise InputError(f"--{name} '{value}' cannot be written: {e}") from None

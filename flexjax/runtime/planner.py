@@ -130,6 +130,17 @@ class Planner:
       InputError: nothing fits; says which tier is short by how much. Or there
         are too many batches to plan for.
     """
+    try:
+      return self._choose(request, fixed, watched)
+    except InputError as e:
+      if self._lossy is None:
+        raise
+      with contextlib.suppress(InputError):
+        self._lossy()._choose(request, fixed, watched)
+        e = InputError(f'{e}; --allow_lossy would fit')
+      raise e from None
+
+  def _choose(self, request: Request, fixed, watched: bool) -> Choice:
     self._check(request)
     machines = ranking.Machines(self.hardware, self.cautious)
     variants = self._variants(fixed)
@@ -213,6 +224,8 @@ class Planner:
     return sum(group_bytes) < self.machine.budgets(form)['device']
 
   def _makes_sense(self, cache_bits: int, attention: str) -> bool:
+    if attention == 'host' and cache_bits != 16 and 16 in self.cache_bits:
+      return False
     if attention == 'device' or self.policy.attention == 'host':
       return True
     return (
@@ -237,25 +250,14 @@ class Planner:
       prompt_len=request.prompt_len,
       gen_len=request.gen_len,
     )
-    try:
-      return self._filled(work, fixed)
-    except InputError as e:
-      if self._lossy is None:
-        raise
-      with contextlib.suppress(InputError):
-        self._lossy()._filled(work, fixed)
-        e = InputError(f'{e}; --allow_lossy would fit')
-      raise e from None
-
-  def _filled(self, work: Workload, fixed) -> Plan:
     refusals = []
     for variant in self._variants(fixed):
-      policy = variant.policy
+      problem = variant.problem(work)
       try:
-        return resolve(variant.problem(work), policy, fixed)
+        return resolve(problem, variant.policy, fixed)
       except InputError as e:
-        bits = (policy.weight_bits or 16) + (policy.cache_bits or 16)
-        refusals.append((bits, e))
+        needs = sum(problem.group_bytes) + problem.cache_bytes
+        refusals.append((needs, e))
     raise min(refusals, key=lambda refusal: refusal[0])[1]  # needs least
 
   def _shortest(self, request: Request, fixed, watched: bool) -> Plan:
@@ -270,7 +272,7 @@ class Planner:
       batch_size=request.batch_size or 1,
       num_batches=request.num_batches or 1,
     )
-    choice = self.choose(one, fixed=fixed, watched=watched)
+    choice = self._choose(one, fixed, watched)
     least = choice.prediction.seconds
     assert request.max_latency is not None
     if least > request.max_latency:

@@ -21,6 +21,8 @@ _RANKED_BY = 2  # steps of them: the prefill and a decode step
 _CELLS = 50_000  # of them together, beyond which no more are simulated
 _TRIES = 4  # to find a block that is short enough
 _LESS = 0.98  # of what is missing, because whole keys are not fractions
+_MORE = 1.05  # of the bound: the search may promise too little, too
+_SURE = 0.9  # of the bound: what takes no longer by its first steps is short
 
 
 class Ranked(NamedTuple):
@@ -30,12 +32,14 @@ class Ranked(NamedTuple):
     rate: prompts per second on the cautious machine, by `slowly`.
     seconds: of a block; on the machine itself where they are bounded.
     slowly: its first steps on the cautious machine.
+    promised: the seconds that the search promised; of what it did not find, 0.
   """
 
   rate: float
   seconds: float
   slowly: Prediction
   plan: Plan
+  promised: float = 0.0
 
 
 class Machines(NamedTuple):
@@ -56,25 +60,34 @@ def rank(
   """Returns the plans that the search finds, as far as the simulator finds them
   short enough, best first; none where nothing fits, or nothing is short enough.
 
-  The search takes links and computing for perfectly overlapped, so that a
-  block may take longer than it says: then it is asked for shorter ones.
+  Where seconds are bounded, what is best without a bound may do. The search
+  takes links and computing for perfectly overlapped, so that a block may take
+  longer than it says: then it is asked for shorter ones.
   """
-  asked, most = request, request.max_latency or math.inf
-  kept: list[Ranked] = []
+  most = request.max_latency
+  free = dataclasses.replace(request, max_latency=None)
+  found = _simulate_some(variants, free, math.inf, machines, fixed, watched)
+  found.sort(key=lambda one: -one.rate)
+  if most is None or not found:
+    return found
+  kept = [one for one in found if one.seconds <= _SURE * most]
+  best = found[0].plan
+  if predict(best, machines.record, watched=watched).seconds <= most:
+    return found[:1] + [one for one in kept if one.plan is not best]
+  bound = _MORE * most
   for _ in range(_TRIES):
+    asked = dataclasses.replace(request, max_latency=bound)
     found = _simulate_some(variants, asked, most, machines, fixed, watched)
     kept += [one for one in found if one.seconds <= most]
-    best = max((one.rate for one in kept), default=0.0)
+    rate = max((one.rate for one in kept), default=0.0)
     over = [
-      one.seconds / most
+      one.promised * most / one.seconds
       for one in found
-      if one.seconds > most and one.rate > best
+      if one.seconds > most and one.rate > rate
     ]
     if not over:
       break
-    assert asked.max_latency is not None
-    bound = _LESS * asked.max_latency / min(over)
-    asked = dataclasses.replace(asked, max_latency=bound)
+    bound = _LESS * min(bound, max(over))
   return sorted(kept, key=lambda one: -one.rate)
 
 
@@ -83,8 +96,8 @@ def simulate(
 ) -> Ranked:
   """Simulates a plan for its rank, and its seconds where they are bounded."""
   slowly = predict(plan, machines.cautious, watched=watched, first=_RANKED_BY)
-  seconds = slowly.seconds
-  if request.max_latency is not None:  # which is about the machine itself
+  seconds, most = slowly.seconds, request.max_latency
+  if most is not None and seconds > _SURE * most:  # of the machine itself
     seconds = predict(plan, machines.record, watched=watched).seconds
   rate = request.rate(plan.problem.work, slowly.seconds)
   return Ranked(rate, seconds, slowly, plan)
@@ -121,12 +134,13 @@ def _simulate_some(
     if plan is None:
       continue
     one = simulate(plan, request, machines, watched)
+    one = one._replace(promised=guess.seconds)
     ranked.append(one)
     learnt.add(guess, one.rate)
     if one.seconds <= most:
       best = max(best, one.rate)
-    steps = _RANKED_BY * (3 if bounded else 1)
-    cells += steps * len(plan.problem.layers) * plan.problem.work.num_batches
+    layers, batches = plan.problem.layers, plan.problem.work.num_batches
+    cells += _RANKED_BY * len(layers) * batches
   return ranked
 
 

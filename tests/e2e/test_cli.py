@@ -383,7 +383,7 @@ REFUSED = {
     ['--output={}/circle'],
     r'--output.*circle',
   ),
-  'empty stats': (None, ['--stats='], r"--stats '\.' cannot be written"),
+  'empty stats': (None, ['--stats='], r"--stats '' cannot be written"),
 }
 
 

@@ -112,13 +112,20 @@ def test_a_bounded_block_is_as_large_as_it_may_be():
 
 
 @pytest.mark.parametrize('more', [1.01, 1.2])
-@pytest.mark.parametrize(('name', 'prompts'), [('h200', 64), ('t4', 16)])
-def test_a_bound_above_what_a_plan_takes_is_none(name, prompts, more):
+@pytest.mark.parametrize(
+  ('name', 'model', 'prompts'),
+  [
+    ('h200', 'opt-1.3b', 64),
+    ('t4', 'opt-1.3b', 16),
+    ('rtx3090', 'opt-13b', 20),
+  ],
+)
+def test_a_bound_above_what_a_plan_takes_is_none(name, model, prompts, more):
   """Where dispatching binds, too: the bound goes by the record."""
   flags = {'hardware': f'{CONFIGS}/{name}.json', 'num_prompts': prompts}
-  best = planning.plan('opt-1.3b', **flags).prediction
+  best = planning.plan(model, **flags).prediction
   bound = more * best.seconds
-  given = planning.plan('opt-1.3b', max_latency=bound, **flags).prediction
+  given = planning.plan(model, max_latency=bound, **flags).prediction
   assert given.seconds <= bound
   least = 0.98 * best.throughput_tokens_per_s
   assert given.throughput_tokens_per_s >= least
@@ -175,14 +182,25 @@ def test_a_refusal_says_whether_loss_would_help():
   assert planning.plan(
     'opt-30b', host_memory='30GiB', allow_lossy=True, **flags
   )
+  t4 = {'hardware': f'{CONFIGS}/t4.json'}
+  with pytest.raises(InputError, match=r'no block ends.*lossy would fit$'):
+    planning.plan('opt-30b', max_latency=60, **t4)
   for more in (
     {'model': 'opt-175b'},
+    {'model': 'opt-30b', 'max_latency': 5},
     {'allow_lossy': True, 'model': 'opt-175b'},
     {'model': 'opt-30b', 'weight_bits': 16, 'cache_bits': 16},
   ):
     with pytest.raises(InputError, match='short by') as refusal:
       planning.plan(host_memory='30GiB', **flags, **more)
     assert 'lossy' not in str(refusal.value)
+
+
+def test_a_cache_for_the_cpu_is_not_packed():
+  """Where the planner might, too."""
+  flags = {'hardware': f'{CONFIGS}/rtx3090.json', 'attention': 'host'}
+  choice = planning.plan('opt-6.7b', allow_lossy=True, **flags)
+  assert choice.plan.policy.cache_bits == 16
 
 
 def test_more_batches_than_can_be_planned_for_are_refused():
