@@ -9,8 +9,8 @@ generate. Every request gets all of its tokens.
 import numpy as np
 from absl import flags
 
-from flexjax.cli import files, report
 from flexjax.cli import flags as shared
+from flexjax.cli import report
 from flexjax.config import SamplingParams
 from flexjax.errors import InputError
 
@@ -34,8 +34,7 @@ def run() -> None:
     value = FLAGS[name].value
     if value is not None and value < 1:
       raise InputError(f'{name} must be at least 1, got {value}')
-  written = {name: FLAGS[name].value for name in ('stats', 'trace')}
-  files.check_outputs(written, {'hardware': FLAGS.hardware})
+  shared.check_files('stats', 'trace')
   with shared.open_model() as llm, report.progress(llm):
     count = FLAGS.num_prompts or llm.block_size(FLAGS.prompt_len, FLAGS.gen_len)
     rng = np.random.default_rng(0)

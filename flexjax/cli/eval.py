@@ -53,8 +53,7 @@ def run() -> None:
   of_words = FLAGS.metric == 'last_token'
   text = '' if of_words else files.read_text(path)
   texts = _texts(path) if of_words else []
-  read = {'input': FLAGS.input, 'hardware': FLAGS.hardware}
-  files.check_outputs({'stats': FLAGS.stats}, read)
+  shared.check_files('stats', read=('input',))
   with shared.open_model() as llm, report.progress(llm):
     if (tokenizer := llm.tokenizer) is None:
       raise InputError('eval needs a model with a tokenizer')

@@ -1,10 +1,12 @@
 """Flags that several commands share, and what they make of them."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
 
+from flexjax.cli import files
 from flexjax.config import Policy, SamplingParams
 from flexjax.errors import InputError
 from flexjax.runtime.llm import LLM, load
@@ -185,6 +187,15 @@ def sampling() -> SamplingParams:
   values: dict[str, Any] = {name: FLAGS[name].value for name in names}
   values |= {'stop': tuple(FLAGS.stop), 'stop_token_ids': stop_ids}
   return SamplingParams(**values)
+
+
+def check_files(*written: str, read: Sequence[str] = ()) -> None:
+  """Checks the files of flags of these names; see `files.check_outputs`."""
+  outputs, inputs = (
+    {name: FLAGS[name].value for name in names}
+    for names in (written, (*read, 'hardware'))
+  )
+  files.check_outputs(outputs, inputs)
 
 
 def open_model() -> LLM:

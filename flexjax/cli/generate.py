@@ -43,10 +43,7 @@ def define() -> None:
 
 def run() -> None:
   prompts, params = _requests()
-  written = {n: FLAGS[n].value for n in ('output', 'stats', 'trace')}
-  files.check_outputs(
-    written, {'input': FLAGS.input, 'hardware': FLAGS.hardware}
-  )
+  shared.check_files('output', 'stats', 'trace', read=('input',))
   with shared.open_model() as llm, report.progress(llm):
     llm.record = bool(FLAGS.trace)
     with contextlib.closing(llm.stream(prompts, params)) as results:

@@ -17,8 +17,8 @@ import rich.table
 from absl import flags
 
 from flexjax import atomic
-from flexjax.cli import files, report
 from flexjax.cli import flags as shared
+from flexjax.cli import report
 from flexjax.config import Policy, format_bytes
 from flexjax.policy.placement import TIERS
 from flexjax.policy.plan import Plan
@@ -64,8 +64,7 @@ def define() -> None:
 
 
 def run() -> None:
-  written = {name: FLAGS[name].value for name in ('trace', 'stats')}
-  files.check_outputs(written, {'hardware': FLAGS.hardware})
+  shared.check_files('trace', 'stats')
   arguments: dict[str, Any] = {name: FLAGS[name].value for name in _POLICY}
   model = FLAGS.model
   with report.calibrating() as arguments['on_progress']:

@@ -75,9 +75,7 @@ def run() -> None:
       raise InputError(
         f"'{table.name}' has a column '{column}', which --output would add"
       )
-  written = {name: FLAGS[name].value for name in ('output', 'stats')}
-  read = {name: FLAGS[name].value for name in ('input', 'train', 'hardware')}
-  files.check_outputs(written, read)
+  shared.check_files('output', 'stats', read=('input', 'train'))
   with shared.open_model() as llm, report.progress(llm):
     result = wrangle.run(llm, task, rows, shots, FLAGS.max_new_tokens)
   if FLAGS.output:

@@ -28,7 +28,7 @@ from flexjax.runtime.compute import Compute
 from flexjax.runtime.engine import Engine
 from flexjax.runtime.formats import Format
 from flexjax.runtime.meter import Meter
-from flexjax.runtime.planner import Choice, Machine, Planner
+from flexjax.runtime.planner import Choice, Machine, Planner, cache_choices
 from flexjax.runtime.store import Store
 from flexjax.runtime.weights import Weights
 from flexjax.tiers.base import Spec, Tier
@@ -182,13 +182,9 @@ class LoadedModel:
 
   def _planner(self, lossy: bool) -> Planner:
     assert self._record is not None
-    policy = self.policy
-    cache_bits: tuple[int, ...] = (policy.cache_bits or 16,)
-    if lossy and policy.cache_bits is None:
-      cache_bits = (16, 4)
     return Planner(
       self.source.config,
-      policy,
+      self.policy,
       [self.form] if self.form else self._forms(lossy),
       self._record,
       Machine(
@@ -196,7 +192,7 @@ class LoadedModel:
         chunk_tokens=self.machine.chunk_tokens,
         budgets=lambda form: self.budgets | {'disk': self._disk_budget(form)},
       ),
-      cache_bits=cache_bits,
+      cache_bits=cache_choices(self.policy, lossy),
       lossy=None if lossy else functools.partial(self._planner, True),
     )
 

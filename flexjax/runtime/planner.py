@@ -304,6 +304,13 @@ def _waves_bytes(config: ModelConfig) -> int:
   return 4 * config.num_layers * config.hidden_size * keys.TERMS
 
 
+def cache_choices(policy: Policy, lossy: bool) -> tuple[int, ...]:
+  """Returns the bits that a cache may have."""
+  if lossy and policy.cache_bits is None:
+    return 16, 4
+  return (policy.cache_bits or 16,)
+
+
 def cache_packing(config: ModelConfig, form: Format, policy: Policy) -> Packing:
   """Returns how a policy stores the cache.
 

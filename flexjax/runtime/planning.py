@@ -22,7 +22,7 @@ from flexjax.models import presets
 from flexjax.policy.search import Request
 from flexjax.runtime import calibrate, devices, sources
 from flexjax.runtime.formats import Format
-from flexjax.runtime.planner import Choice, Machine, Planner
+from flexjax.runtime.planner import Choice, Machine, Planner, cache_choices
 
 _LATENCIES = 8  # between the shortest block and the best one
 
@@ -203,11 +203,7 @@ def _planner(
         chunk_tokens=devices.chunk_tokens(record.platform),
         budgets=lambda form: budgets,
       ),
-      cache_bits=(
-        (16, 4)
-        if lossy and mine.cache_bits is None
-        else (mine.cache_bits or 16,)
-      ),
+      cache_bits=cache_choices(mine, lossy),
       lossy=None if lossy else functools.partial(make, True),
     )
 
