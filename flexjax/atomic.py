@@ -1,9 +1,11 @@
 """Files that are written whole or not at all."""
 
+import contextlib
 import errno
 import os
 import sys
-from collections.abc import Iterable
+import uuid
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 _STANDARD = {'/dev/stdout': 1, '/dev/stderr': 2}
@@ -33,14 +35,23 @@ def write(
     with open(path, 'w', encoding='utf-8') as file:
       file.writelines(parts)
     return
+  with (
+    replaced(path, sync=sync) as new,
+    open(new, 'w', encoding='utf-8') as file,
+  ):
+    file.writelines(parts)
+
+
+@contextlib.contextmanager
+def replaced(path: str | Path, *, sync: bool = False) -> Iterator[Path]:
+  """Yields where to write a file, which then takes the place of one that was
+  there; after an exception that one stays. For `sync` see `write`."""
   path = Path(os.path.realpath(path))
-  new = path.with_name(path.name + '.new')
+  new = path.with_name(f'.flexjax-{uuid.uuid4().hex}.new')
   try:
-    with open(new, 'w', encoding='utf-8') as file:
-      file.writelines(parts)
-      if sync:
-        file.flush()
-        os.fsync(file.fileno())
+    yield new
+    if sync:
+      _sync(new)
     new.replace(path)
     if sync:
       _sync_directory(path.parent)
@@ -49,14 +60,19 @@ def write(
     raise
 
 
-def _sync_directory(path: Path) -> None:
-  """Makes names that have come or gone last, where the system can be asked to;
-  some file systems of networks cannot."""
+def _sync(path: Path) -> None:
   number = os.open(path, os.O_RDONLY)
   try:
     os.fsync(number)
+  finally:
+    os.close(number)
+
+
+def _sync_directory(path: Path) -> None:
+  """Makes names that have come or gone last, where the system can be asked to;
+  some file systems of networks cannot."""
+  try:
+    _sync(path)
   except OSError as e:
     if e.errno not in (errno.EINVAL, errno.ENOTSUP):
       raise
-  finally:
-    os.close(number)

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from flexjax import atomic
 from flexjax.config import ModelConfig
 from flexjax.errors import InputError
 from flexjax.runtime.formats import Format
@@ -155,10 +156,5 @@ class WeightFolder:
 
 
 def _write(path: Path, content: bytes) -> None:
-  """Replaces a file in one rename, after its content is on the disk."""
-  new = path.with_name(path.name + '.new')
-  with open(new, 'wb') as f:
-    f.write(content)
-    f.flush()
-    os.fsync(f.fileno())
-  new.replace(path)
+  with atomic.replaced(path, sync=True) as new:
+    new.write_bytes(content)

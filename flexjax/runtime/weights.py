@@ -8,6 +8,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
+from flexjax import atomic
 from flexjax.config import UNPACKED, Packing, Policy
 from flexjax.data import tokenizer
 from flexjax.errors import InputError
@@ -193,9 +194,8 @@ class Weights:
       return
     for name in tokenizer.FILES:
       if (path / name).exists():
-        new = root / (name + '.new')
-        shutil.copyfile(path / name, new)
-        new.replace(root / name)
+        with atomic.replaced(root / name) as new:
+          shutil.copyfile(path / name, new)
 
   def _source(self, form: Format, folder: WeightFolder | None) -> WeightSource:
     source = self.source.weights
