@@ -9,6 +9,7 @@ import pytest
 import flexjax
 from flexjax import hardware
 from flexjax.runtime import calibrate, devices
+from tests import commands
 from tests.machines import machine
 
 # Here, because modules of tests keep the environment for their processes.
@@ -23,6 +24,13 @@ def known_machine():
   hardware.write(calibrate.cache_path(here), record)
   yield record
   shutil.rmtree(CACHE, ignore_errors=True)
+
+
+@pytest.fixture(scope='session', name='flexjax')
+def command_line(tmp_path_factory):
+  """Returns a function that runs `flexjax ARGUMENTS` in a fork."""
+  with commands.forks(tmp_path_factory.mktemp('printed')) as run:
+    yield run
 
 
 @pytest.fixture(scope='module')

@@ -6,16 +6,14 @@ import importlib.util
 import itertools
 import json
 import math
-import os
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexjax import atomic, hardware
+from flexjax import hardware
 from flexjax.errors import InputError
 from flexjax.hardware import Curve, Family, Hardware
 
@@ -291,43 +289,6 @@ def test_a_record_is_written_and_its_directory_made(tmp_path):
   hardware.write(path, record)
   assert hardware.read(path) == record
   assert [p.name for p in path.parent.iterdir()] == ['box.json']
-
-
-def test_a_write_that_fails_leaves_the_old_record(tmp_path, monkeypatch):
-  path = tmp_path / 'box.json'
-  record = Hardware.from_json(FIELDS)
-  hardware.write(path, record)
-
-  def full(self, target):
-    raise OSError('disk full')
-
-  with monkeypatch.context() as patch:
-    patch.setattr(Path, 'replace', full)
-    with pytest.raises(OSError, match='disk full'):
-      hardware.write(path, Hardware.from_json(FIELDS | {'name': 'another'}))
-  assert [p.name for p in path.parent.iterdir()] == ['box.json']
-  assert hardware.read(path) == record
-
-
-def test_what_a_link_points_to_is_written(tmp_path):
-  path, link = tmp_path / 'box.json', tmp_path / 'link'
-  link.symlink_to(path)
-  record = Hardware.from_json(FIELDS)
-  hardware.write(link, record)
-  assert link.is_symlink()
-  assert hardware.read(path) == record
-
-
-def test_a_pipe_is_written_to_and_stays(tmp_path):
-  pipe = tmp_path / 'pipe'
-  os.mkfifo(pipe)
-  got = []
-  reader = threading.Thread(target=lambda: got.append(pipe.read_text()))
-  reader.start()
-  atomic.write(pipe, ['a', 'b'])
-  reader.join()
-  assert got == ['ab']
-  assert pipe.is_fifo()
 
 
 # The records that ship.

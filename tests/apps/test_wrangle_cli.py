@@ -2,44 +2,15 @@
 
 import csv
 import json
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from flexjax.apps import wrangle
+from tests.commands import NO_WEIGHTS, refuses
 
 ROOT = Path(__file__).parents[2]
 FILES = ROOT / 'configs/wrangle'
-
-
-@pytest.fixture(scope='module')
-def flexjax(tmp_path_factory):
-  """Returns a function that runs `flexjax wrangle ARGUMENTS` in a fork."""
-  folder = tmp_path_factory.mktemp('printed')
-  environment = {'JAX_PLATFORMS': 'cpu', 'PYTHONWARNINGS': 'ignore'}
-  with subprocess.Popen(
-    [sys.executable, ROOT / 'tests/e2e/forks.py'],
-    stdin=subprocess.PIPE,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.DEVNULL,
-    env={**os.environ, **environment},
-    text=True,
-  ) as server:
-
-    def run(*argv, patch=''):
-      job = {'argv': ['wrangle', *map(str, argv)], 'folder': str(folder)}
-      print(json.dumps(job | {'patch': patch}), file=server.stdin, flush=True)
-      code = int(server.stdout.readline())
-      texts = [(folder / n).read_text() for n in ('stdout', 'stderr')]
-      return SimpleNamespace(code=code, stdout=texts[0], stderr=texts[1])
-
-    yield run
-    server.stdin.close()
 
 
 EXAMPLES = {
@@ -57,6 +28,7 @@ def test_command(flexjax, tmp_path, task):
   given.write_text('\n'.join(lines[:7]))
   train = [] if argv[-1] == '--shots=0' else [f'{FILES}/{name}_train.csv']
   done = flexjax(
+    'wrangle',
     f'--task={task}',
     *(f'--train={path}' for path in train),
     f'--input={given}',
@@ -146,10 +118,6 @@ TABLES = {
   'blank': 'city,label\nYork,\n',
   'taken': 'city,label,prediction\nYork,no,No\n',
 }
-NO_WEIGHTS = """
-from flexjax.runtime.loaded import LoadedModel
-LoadedModel._fill = None
-"""
 
 
 @pytest.mark.parametrize('case', BAD.values(), ids=BAD)
@@ -159,6 +127,7 @@ def test_command_refused(flexjax, tmp_path, case):
     (tmp_path / f'{name}.csv').write_text(text)
   before = {p: p.read_bytes() for p in tmp_path.iterdir()}
   done = flexjax(
+    'wrangle',
     '--task=errors',
     '--target=city',
     '--shots=1',
@@ -169,7 +138,5 @@ def test_command_refused(flexjax, tmp_path, case):
     *(a.replace('{}', str(tmp_path)) for a in argv),
     patch=NO_WEIGHTS,
   )
-  assert re.fullmatch(r'flexjax: [^\n]+\n', done.stderr), done.stderr
-  assert re.search(expected, done.stderr), done.stderr
-  assert (done.code, done.stdout) == (2, '')
+  refuses(done, expected)
   assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before

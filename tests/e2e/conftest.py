@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import string
 
 import jax
@@ -148,3 +149,24 @@ def _make(path, changes) -> Checkpoint:
 def _logprobs(model, ids):
   p = logits_of(model, ids).log_softmax(-1)
   return p[range(len(ids) - 1), ids[1:]].numpy()
+
+
+@pytest.fixture(scope='session')
+def models(tmp_path_factory):
+  """A folder with checkpoints `one`, `other` and `shards`."""
+  root = tmp_path_factory.mktemp('models')
+  for seed, name in enumerate(('one', 'other', 'shards')):
+    model = make_checkpoint(root / name, seed=seed)
+    if name == 'shards':
+      (root / name / 'model.safetensors').unlink()
+      model.save_pretrained(root / name, max_shard_size='20KB')
+    save_tokenizer(root / name)
+  return root
+
+
+@pytest.fixture
+def place(models, tmp_path):
+  """A folder with checkpoints and a file of two prompts."""
+  shutil.copytree(models, tmp_path, dirs_exist_ok=True)
+  (tmp_path / 'in.jsonl').write_text('{"prompt": "ab"}\n{"prompt": [5]}\n')
+  return tmp_path

@@ -4,12 +4,11 @@ import dataclasses
 import json
 
 import pytest
-import test_cli
 
 from flexjax import hardware
 from flexjax.hardware import Curve, Family, Hardware
+from tests.commands import refuses
 
-flexjax = test_cli.flexjax  # the fixture that runs a command in a fork
 CURVE = Curve(((1e6, 2e-4), (1e8, 4e-3)))
 FAMILIES = {'bfloat16': Family(((64, CURVE), (128, CURVE)))}
 BITS = {'4': CURVE, '8': CURVE}
@@ -136,12 +135,12 @@ def test_one_point_makes_a_row(command, tmp_path):
 )
 def test_bad_input_is_refused(argv, expected, command, tmp_path):
   done = command(*(a.replace('{}', str(tmp_path)) for a in argv))
-  test_cli.refuses(done, expected)
+  refuses(done, expected)
   assert not (tmp_path / 'asked.json').exists()
 
 
 def test_a_disk_that_cannot_be_written_is_refused(flexjax, tmp_path):
   (tmp_path / 'file').write_text('')
   argv = [f'--disk_dir={tmp_path}/file', f'--output={tmp_path}/record.json']
-  test_cli.refuses(flexjax('calibrate', '--quick', *argv), r'disk_dir.*file')
+  refuses(flexjax('calibrate', '--quick', *argv), r'disk_dir.*file')
   assert not (tmp_path / 'record.json').exists()

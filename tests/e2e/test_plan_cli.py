@@ -7,11 +7,10 @@ import re
 from pathlib import Path
 
 import pytest
-import test_cli
 
 from flexjax.models import presets
+from tests.commands import refuses
 
-flexjax = test_cli.flexjax  # the fixture that runs a command in a fork
 CONFIGS = Path(__file__).parents[2] / 'configs' / 'hardware'
 T4 = CONFIGS / 't4.json'
 TIERS = ('device', 'host', 'disk')
@@ -65,10 +64,6 @@ def rate(fields):
 def seconds(fields):
   predicted = fields['predicted']
   return predicted['prefill_seconds'] + predicted['decode_seconds']
-
-
-def refuses(done, expected):
-  test_cli.refuses(done, expected)
 
 
 # Models and machines.
@@ -221,7 +216,7 @@ SHORT = {
   ),
   'host, no disk': (
     ('opt-30b', '--host_memory=8GiB', '--disk_space=0'),
-    r'short by [\d.]+ GiB\).*a disk \(--disk_dir\) would',
+    r'short by [\d.]+ GiB\).*a disk \(--disk_space\) would',
   ),
   'nowhere': (
     (
@@ -250,6 +245,15 @@ def test_what_cannot_fit_is_one_line_of_numbers(flexjax, case):
   (model, *argv), expected = case
   done = flexjax('plan', f'--model={model}', f'--hardware={T4}', *argv)
   refuses(done, expected)
+
+
+def test_a_disk_is_no_advice_where_nothing_is_known_of_one(flexjax):
+  record = f'--hardware={CONFIGS}/tpu-v5e.json'
+  done = flexjax('plan', '--model=opt-30b', record)
+  refuses(done, r'enough would be [\d.]+ GiB of device_memory')
+  assert '--disk' not in done.stderr
+  done = flexjax('plan', '--model=opt-1.3b', record, '--weights=0,0,100')
+  refuses(done, r'there is no disk for what is to be on disk$')
 
 
 def test_a_refusal_is_of_what_was_asked_for(flexjax):

@@ -13,7 +13,8 @@ from flexjax.policy.charges import Charges
 from flexjax.policy.placement import TIERS
 from flexjax.policy.plan import evaluate
 from flexjax.policy.problem import CLASSES
-from flexjax.policy.search import Request, Variant, place, search, solve
+from flexjax.policy.program import solve
+from flexjax.policy.search import Request, Variant, place, search
 from tests.machines import machine
 from tests.problems import PLENTY, problem, rate, shares
 
@@ -135,7 +136,7 @@ def test_the_program_agrees_where_all_fits_high_up(
   host = {'cache': {'device': 0.0, 'host': 1.0, 'disk': 0.0}}
   settled = host if attention == 'host' else {}
   at, seconds = solve(p, policy, hardware, settled=settled)
-  monkeypatch.setattr('flexjax.policy.search._seconds', lambda *args: None)
+  monkeypatch.setattr('flexjax.policy.program._seconds', lambda *args: None)
   by_program, expected = solve(p, policy, hardware, settled=settled)
   assert seconds == pytest.approx(expected, rel=1e-6)
   for name in CLASSES:
@@ -254,6 +255,7 @@ REQUESTS = st.builds(
 @given(REQUESTS, BUDGETS, st.booleans())
 def test_what_is_found_fits_and_is_what_was_asked_for(request, sizes, overlap):
   policy = Policy(prefetch_depth=1, overlap=overlap)
+  request = request.clamped()
   plans = run(request, policy, **sizes)
   assert len(plans) <= 4
   for plan in plans:

@@ -44,9 +44,11 @@ def best_of_a_grid(planner: Planner, request: Request) -> float:
   best = 0.0
   for size, batches in itertools.product(SIZES, BATCHES):
     block = dataclasses.replace(request, batch_size=size, num_batches=batches)
-    for guess in search(planner._variants(None), block, planner.cautious):
-      if plan := place(guess, planner.cautious):
-        seconds = predict(plan, planner.cautious).seconds
+    for guess in search(
+      planner._variants(None), block, planner.ranker.cautious
+    ):
+      if plan := place(guess, planner.ranker.cautious):
+        seconds = predict(plan, planner.ranker.cautious).seconds
         best = max(best, request.rate(plan.problem.work, seconds))
   return best
 
@@ -58,7 +60,7 @@ def test_no_block_of_a_grid_is_much_better(record, planner):
   )
   request = planner['request']
   best = best_of_a_grid(planner['planner'], request)
-  seconds = predict(choice.plan, planner['planner'].cautious).seconds
+  seconds = predict(choice.plan, planner['planner'].ranker.cautious).seconds
   # 1 % is given away for a shorter block.
   assert request.rate(choice.plan.problem.work, seconds) >= 0.97 * best
 
@@ -76,6 +78,95 @@ def test_no_plan_of_the_curve_is_much_better():
   rates = [p.throughput_tokens_per_s for p in curve]
   assert max(rates) <= 1.02 * best.throughput_tokens_per_s
   assert rates == sorted(rates)
+
+
+@pytest.mark.parametrize(
+  ('name', 'model', 'flags', 'times'),
+  [
+    ('h200', 'opt-30b', {}, 1),
+    ('h200', 'opt-30b', {'disk_space': 0}, 1),
+    ('h200', 'opt-30b', {'disk_space': 0}, 2),
+    ('rtx3090', 'opt-66b', {'weight_bits': 4, 'cache_bits': 4}, 1),
+  ],
+)
+def test_prompts_that_fill_the_best_block_are_as_fast(
+  name, model, flags, times
+):
+  """However few blocks have just as many places, of those that fit."""
+  flags = flags | {'hardware': f'{CONFIGS}/{name}.json'}
+  if name == 'h200':
+    flags |= {'device_memory': 16 * GIB, 'host_memory': 110 * GIB}
+  best = planning.plan(model, **flags)
+  work = best.plan.problem.work
+  prompts = times * work.batch_size * work.num_batches
+  given = planning.plan(model, num_prompts=prompts, **flags)
+  request = Request(
+    prompt_len=work.prompt_len, gen_len=work.gen_len, prompts=prompts
+  )
+  rates = [
+    request.rate(c.plan.problem.work, c.prediction.seconds)
+    for c in (best, given)
+  ]
+  assert rates[1] >= 0.99 * rates[0]
+
+
+@pytest.mark.parametrize(
+  ('name', 'model', 'flags', 'more'),
+  [
+    # A first decode step that still waits for what the prefill has left.
+    ('h200', 'opt-30b', {'num_prompts': 34}, {'attention': 'host'}),
+    (
+      'h200',
+      'opt-30b',
+      {'num_prompts': 34, 'max_latency': 40},
+      {'attention': 'host'},
+    ),
+    # What the CPU attends to beside computing for another batch.
+    ('t4', 'opt-6.7b', {'num_prompts': 18}, {'attention': 'host'}),
+    # More blocks than are looked at from the start.
+    (
+      'h200',
+      'opt-30b',
+      {'num_prompts': 901},
+      {'batch_size': 13, 'num_batches': 7},
+    ),
+  ],
+)
+def test_no_flags_that_might_be_given_are_much_better(name, model, flags, more):
+  flags = flags | {'hardware': f'{CONFIGS}/{name}.json', 'disk_space': 0}
+  if name == 'h200':
+    flags |= {'device_memory': 16 * GIB, 'host_memory': 110 * GIB}
+  else:
+    flags |= {'device_memory': 8 * GIB, 'host_memory': 16 * GIB}
+  rates = []
+  for choice in (
+    planning.plan(model, **flags),
+    planning.plan(model, **flags, **more),
+  ):
+    work = choice.plan.problem.work
+    request = Request(prompt_len=512, gen_len=32, prompts=flags['num_prompts'])
+    rates.append(request.rate(work, choice.prediction.seconds))
+  assert rates[0] >= 0.98 * rates[1]
+
+
+def test_of_plans_alike_where_dispatching_is_slow_the_faster_is_taken():
+  choice = planning.plan(
+    'opt-175b',
+    hardware=f'{CONFIGS}/a100-40gb.json',
+    allow_lossy=True,
+    num_prompts=500,
+  )
+  request = Request(prompt_len=512, gen_len=32, prompts=500)
+
+  def rate(plan, prediction):
+    return request.rate(plan.problem.work, prediction.seconds)
+
+  mine = rate(choice.plan, choice.prediction)
+  least = 0.99 * rate(choice.plan, choice.slowly)
+  alike = [p for p, slowly in choice.runners_up if rate(p, slowly) >= least]
+  assert alike
+  for plan in alike:
+    assert rate(plan, predict(plan, choice.hardware)) <= 1.02 * mine
 
 
 @pytest.mark.parametrize('attention', ['device', 'host'])
@@ -171,7 +262,7 @@ def test_caution_pays_where_dispatching_is_slow(monkeypatch):
     return predict(choice.plan, slow).throughput_tokens_per_s
 
   cautious = rate()
-  monkeypatch.setattr('flexjax.runtime.planner.CAUTION', 1.0)
+  monkeypatch.setattr('flexjax.runtime.ranking.CAUTION', 1.0)
   assert cautious > 1.1 * rate()
 
 

@@ -7,8 +7,9 @@ import pytest
 
 import flexjax
 from flexjax.errors import InputError
+from flexjax.policy.search import search
 from flexjax.runtime import planning
-from tests.machines import machine
+from tests.machines import GIB, machine
 
 SIZES = {'prompt_len': 16, 'gen_len': 4, 'num_prompts': 4}
 
@@ -58,3 +59,17 @@ def test_a_converted_folder_settles_its_format(tmp_path):
 def test_latencies_that_are_none(seconds):
   with pytest.raises(InputError, match='max_latency'):
     flexjax.load(max_latency=seconds)
+
+
+def test_a_curve_looks_for_the_best_plan_once(monkeypatch):
+  """Every bound starts from the plan without one."""
+  bounds = []
+
+  def counted(variants, request, *args, **given):
+    bounds.append(request.max_latency)
+    return search(variants, request, *args, **given)
+
+  monkeypatch.setattr('flexjax.runtime.ranking.search', counted)
+  planning.pareto('opt-125m', hardware=machine(device=GIB // 4))
+  assert sum(bound is None for bound in bounds) == 2  # and the shortest
+  assert len(bounds) > 4

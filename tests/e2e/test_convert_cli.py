@@ -1,0 +1,130 @@
+"""flexjax convert, and the folders it writes."""
+
+import json
+import shutil
+
+from conftest import make_checkpoint, save_tokenizer
+
+from tests.commands import (
+  SMALL_DISK,
+  refuses,
+  snapshot,
+  start,
+  wait_for,
+  weights_in,
+)
+
+
+def test_convert_to_too_small_a_disk(flexjax, place):
+  before = snapshot(place)
+  argv = ['convert', f'--model={place}/one', f'--disk_dir={place}/disk']
+  refuses(flexjax(*argv, patch=SMALL_DISK), r'4\.00 KiB')
+  assert snapshot(place) == before
+
+
+def test_disk_tier_of_another_model_or_dtype(flexjax, place):
+  convert = ['convert', f'--disk_dir={place}/disk', '--dtype=float32']
+  done = flexjax(*convert, f'--model={place}/one')
+  assert done.code == 0, done.stderr
+  before = snapshot(place)
+  generate = [
+    'generate',
+    f'--input={place}/in.jsonl',
+    f'--output={place}/out.jsonl',
+    f'--disk_dir={place}/disk',
+    '--weights=0,0,100',
+  ]
+  other = [f'--model={place}/other', '--dtype=float32']
+  refuses(flexjax(*generate, *other), r'/disk.*another model')
+  refuses(flexjax(*convert, f'--model={place}/other'), r'/disk.*another')
+  half = [f'--model={place}/one', '--dtype=bfloat16']
+  refuses(flexjax(*generate, *half), r'/disk.*float32.*bfloat16')
+  manifest = place / 'disk' / 'flexjax.json'
+  text = manifest.read_text()
+  own = [f'--model={place}/one', '--dtype=float32']
+  for damaged in ('', '{', '[]', text.replace('"format": ', '"format": 9')):
+    manifest.write_text(damaged)
+    refuses(flexjax(*generate, *own), r'flexjax\.json|version|format')
+  manifest.write_text(text)
+  assert snapshot(place) == before
+  assert flexjax(*generate, *own).code == 0
+
+
+def test_killed_conversion(flexjax, tmp_path):
+  """It is recognised, resumed, and never taken for complete."""
+  model = tmp_path / 'model'
+  make_checkpoint(model, num_hidden_layers=16, hidden_size=64, ffn_dim=256)
+  save_tokenizer(model)
+  whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+  argv = ['convert', f'--model={model}', '--dtype=float32', '--disk_dir={}']
+
+  def command(disk):
+    return [a.replace('{}', str(disk)) for a in argv]
+
+  done = flexjax(*command(whole))
+  assert done.code == 0, done.stderr
+  manifest = killed / 'flexjax.json'
+  total = len(json.loads((whole / 'flexjax.json').read_text())['complete'])
+  with start(*command(killed)) as process:
+    wait_for(process, manifest.exists)
+    process.kill()
+  held = json.loads(manifest.read_text())['complete']
+  assert 0 < len(held) < total
+  # What is listed is whole; what is not may be anything.
+  for group in held:
+    for path in (whole / f'weights.{group}').rglob('*'):
+      if path.is_file():
+        twin = killed / path.relative_to(whole)
+        assert twin.read_bytes() == path.read_bytes()
+  torn = killed / f'weights.{max(set(range(total)) - set(held))}'
+  shutil.rmtree(torn, ignore_errors=True)
+  shutil.copytree(whole / torn.name, torn)
+  for path in torn.glob('*/c/**/*'):
+    if path.is_file():
+      path.write_bytes(bytes(path.stat().st_size))
+  # A run completes the folder by itself, and so does convert.
+  again = tmp_path / 'again'
+  shutil.copytree(killed, again)
+  prompts = tmp_path / 'in.jsonl'
+  prompts.write_text('{"prompt": [5, 6, 7, 8], "ignore_eos": true}\n')
+  generate = [
+    'generate',
+    f'--model={model}',
+    f'--input={prompts}',
+    '--dtype=float32',
+    '--max_new_tokens=4',
+  ]
+  texts = [
+    flexjax(*generate, f'--disk_dir={disk}', '--weights=0,0,100').stdout
+    for disk in (whole, again)
+  ]
+  texts.append(flexjax(*generate).stdout)
+  assert json.loads(texts[0])['token_ids']
+  assert texts[0] == texts[1] == texts[2]
+  done = flexjax(*command(killed))
+  assert done.code == 0, done.stderr
+  assert weights_in(killed) == weights_in(whole)
+  assert weights_in(again) == weights_in(whole)
+  times = {p: p.stat().st_mtime_ns for p in killed.rglob('*') if p.is_file()}
+  assert flexjax(*command(killed)).code == 0
+  assert times == {
+    p: p.stat().st_mtime_ns for p in killed.rglob('*') if p.is_file()
+  }
+
+
+def test_lost_chunk_is_not_read_as_zeros(flexjax, place):
+  argv = [f'--model={place}/one', f'--disk_dir={place}/disk', '--dtype=float32']
+  assert flexjax('convert', *argv).code == 0
+  chunks = sorted((place / 'disk').glob('weights.2/*/c/**/*'))
+  next(p for p in chunks if p.is_file()).unlink()
+  out = place / 'out.jsonl'
+  done = flexjax(
+    'generate',
+    f'--input={place}/in.jsonl',
+    f'--output={out}',
+    '--weights=0,0,100',
+    *argv,
+  )
+  refuses(done, r'disk')
+  assert not out.exists()
+  assert not list((place / 'disk').glob('run-*'))
