@@ -220,6 +220,11 @@ class Hardware:
       seconds *= self.alone[name](nbytes) / usual
     return seconds
 
+  @property
+  def knows_disk(self) -> bool:
+    """Whether the record says anything of a disk."""
+    return 'disk_to_host' in self.links
+
   def knows(self, dtype: str) -> bool:
     """Whether it says how fast `dtype` is computed with."""
     return any(name in self.mlp for name in _alike(dtype))

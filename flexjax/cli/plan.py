@@ -24,7 +24,8 @@ from flexjax.policy.placement import TIERS
 from flexjax.policy.plan import Plan
 from flexjax.runtime import planning as plans
 from flexjax.runtime import simulate, timeline
-from flexjax.runtime.planner import CAUTION, Choice
+from flexjax.runtime.planner import Choice
+from flexjax.runtime.ranking import CAUTION
 from flexjax.runtime.simulate import Prediction
 
 FLAGS = flags.FLAGS

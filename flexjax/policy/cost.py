@@ -23,6 +23,10 @@ RESOURCES = ('dispatch', *LINKS, 'device', 'cpu')
 Shares = Mapping[str, Mapping[str, float]]
 """Fraction of every class, 'weights', 'cache' and 'hidden', on every tier."""
 
+# Of what crosses for other layers meanwhile: all of it would be, were nothing
+# loaded ahead; simulated plans are between.
+_IN_THE_WAY = 0.5
+
 
 def ahead(policy: Policy) -> int:
   """Visits, or cells, that are loaded before they are computed; and computes
@@ -191,7 +195,7 @@ def step_seconds(
     # hands back for the weights of other layers that are on their way.
     busy['cpu'] += busy['device']
     if charges.problem.work.num_batches > 1:
-      busy['cpu'] += busy['host_to_device']
+      busy['cpu'] += _IN_THE_WAY * busy['host_to_device']
   return busy
 
 

@@ -24,7 +24,7 @@ def spread(sizes: Mapping[Key, int], split: Split) -> dict[Key, str]:
 
   Returns:
     A tier for every key. Between two tiers the achieved fraction is within
-    half of the largest key of the asked one, between three within two thirds.
+    half of the largest key of the asked one, between three within five sixths.
   """
   whole = sum(sizes.values())
   share = dict(zip(TIERS, (whole * p / 100 for p in split), strict=True))

@@ -222,7 +222,8 @@ def _nearest(plan: Plan, policy: Policy, fixed) -> str:
   problem = plan.problem
   given = [getattr(policy, name) for name in CLASSES]
   if not problem.budgets['disk'] and any(s and s.disk for s in given):
-    return 'there is no disk for what is to be on disk (--disk_dir)'
+    hint = f' ({problem.disk_flag})' if problem.disk_flag else ''
+    return f'there is no disk for what is to be on disk{hint}'
   open_policy = dataclasses.replace(
     policy, weights=None, cache=None, hidden=None
   )
@@ -249,11 +250,11 @@ def _nearest(plan: Plan, policy: Policy, fixed) -> str:
         )
   least = _fill(problem, open_policy, fixed)
   short = [t for t in TIERS if least.peak[t] > problem.budgets[t]]
-  if not problem.budgets['disk']:
+  if not problem.budgets['disk'] and problem.disk_flag:
     budgets = {**problem.budgets, 'disk': sum(plan.peak.values())}
     with_disk = dataclasses.replace(problem, budgets=budgets)
     if _fill(with_disk, open_policy, fixed).fits:
-      return 'a disk (--disk_dir) would take what memory cannot'
+      return f'a disk ({problem.disk_flag}) would take what memory cannot'
   flag = {
     'device': 'device_memory',
     'host': 'host_memory',

@@ -35,6 +35,8 @@ class Problem:
     spare: bytes of the device that its allocator cannot make use of.
     chunk_tokens: see `Compute`.
     fused: attention reads a packed cache as it is, without expanding it.
+    disk_flag: what gives a disk where there is none, for advice; '' where
+      nothing does.
   """
 
   config: ModelConfig
@@ -51,6 +53,7 @@ class Problem:
   spare: int = 0
   chunk_tokens: int = 4096
   fused: bool = False
+  disk_flag: str = '--disk_dir'
 
   @property
   def itemsize(self) -> int:

@@ -1,9 +1,7 @@
-"""The fastest policy that fits: a linear program inside a small search.
+"""Which choices are tried: batch size, number of batches, format, attention.
 
-Batch size, number of batches, formats and the place of attention are tried
-out; for each, where tensors live is a linear program (FlexGen, section 4.3),
-whose matrix is what `cost` says at the corners. Fractions become places for
-whole keys, and what those need is checked again.
+For each of them `program` says where tensors live, in fractions. These become
+places for whole keys, and what those need is checked again.
 """
 
 import dataclasses
@@ -18,31 +16,26 @@ from collections.abc import (
 )
 from typing import Any, NamedTuple
 
-import numpy as np
-from scipy.optimize import linprog
-
 from flexjax.config import Policy, Split, Workload
 from flexjax.hardware import Hardware
 from flexjax.policy import cost
-from flexjax.policy.charges import Charges
 from flexjax.policy.placement import TIERS
 from flexjax.policy.plan import Plan, evaluate
 from flexjax.policy.problem import CLASSES, Problem
+from flexjax.policy.program import solve
 from flexjax.typing import Key
 
 _SIZES = tuple(2**n for n in range(11))
 _BATCHES = (1, 2, 4, 8, 16, 32)
+_MOST_BATCHES = 4 * _BATCHES[-1]
 _FINER = (2 / 3, 3 / 4, 5 / 4, 3 / 2)
 _FINEST = (7 / 8, 15 / 16, 17 / 16, 9 / 8)
+_COUNTS = (1, 2, 3, 4)  # of blocks that prompts are divided among evenly
+_ROOMY = 1.03  # places for each prompt, at most, of even blocks
+_MANY = 32  # blocks, of which one more or less makes no difference
 _REFINED_EACH = 2  # of every variant's
 _REFINED = 6  # of the best guesses, whose neighbourhood is looked at
 _TRIES = 6  # to place fractions in whole keys
-_TASTE = 1e-4  # how much a higher tier is liked where time does not decide
-# Of the time that resources are busy beside the busiest: what is hidden in
-# theory is not in a run, where one thing waits for another.
-_HIDDEN = 0.03
-_HIGHEST = {'device': 1.0, 'host': 0.0, 'disk': 0.0}
-_VARIABLES = tuple((name, tier) for name in CLASSES for tier in TIERS)
 _EXACT = 1e-9
 
 
@@ -123,8 +116,13 @@ class Guess(NamedTuple):
   @property
   def kind(self) -> Hashable:
     """What guesses share that are wrong alike: format, and tiers in use."""
-    used = (at for at in _VARIABLES if self.shares[at[0]][at[1]] > _EXACT)
-    return self.format, frozenset(used)
+    used = frozenset(
+      (name, tier)
+      for name, share in self.shares.items()
+      for tier, part in share.items()
+      if part > _EXACT
+    )
+    return self.format, used
 
 
 def search(
@@ -175,6 +173,13 @@ def search(
   for n in range(len(variants)):
     for size, batches in _blocks(request):
       look(n, size, batches)
+  if request.prompts is not None:
+    for n, size, batches in _best(seen):
+      count = math.ceil(request.prompts / (size * batches))
+      if count <= _MANY:
+        counts = range(max(1, count - 1), count + 2)
+        for even in _even(request, request.prompts, counts):
+          look(n, *even)
   for parts in (_FINER, _FINER, _FINEST):
     for n, size, batches in _best(seen):
       for near in _around(request, size, batches, parts):
@@ -196,33 +201,55 @@ def _best(seen: Mapping[tuple[int, int, int], Guess | None]):
 
 def _blocks(request: Request) -> Iterator[tuple[int, int]]:
   """A coarse grid of batch sizes and numbers of batches."""
-  most = request.prompts or math.inf
   for batches in _given(request.num_batches, _BATCHES):
-    sizes: Iterable[int] = _SIZES
-    if request.prompts is not None:  # blocks that waste no place
-      even = (math.ceil(request.prompts / (batches * n)) for n in (1, 2, 3, 4))
-      sizes = sorted({*_SIZES, *(s for s in even if s <= _SIZES[-1])})
-    for size in _given(request.batch_size, sizes):
-      if size * (batches - 1) < most and (
-        size <= most or request.batch_size is not None
-      ):
-        yield size, batches
+    for size in _given(request.batch_size, _SIZES):
+      yield _within(request, size, batches)
+  if request.prompts is not None:
+    yield from _even(request, request.prompts, _COUNTS)
+
+
+def _even(
+  request: Request, prompts: int, counts: Iterable[int]
+) -> Iterator[tuple[int, int]]:
+  """Blocks of which so many take all prompts and waste next to no place: there
+  are few for any number of prompts, and of those few may fit."""
+  given = (request.batch_size, request.num_batches) != (None, None)
+  for count in counts:
+    rows = math.ceil(prompts / count)
+    numbers: Iterable[int] = range(1, _BATCHES[-1] + 1)
+    if request.batch_size is not None:
+      numbers = (math.ceil(rows / request.batch_size),)
+    for batches in _given(request.num_batches, numbers):
+      size = request.batch_size or math.ceil(rows / batches)
+      small = size <= _SIZES[-1] and batches <= _MOST_BATCHES
+      if small and (given or size * batches <= _ROOMY * rows):
+        yield _within(request, size, batches)
 
 
 def _around(
   request: Request, size: int, batches: int, parts: Sequence[float]
 ) -> Iterator[tuple[int, int]]:
-  most = request.prompts or math.inf
   sizes = {max(1, round(size * part)) for part in parts}
   numbers = {max(1, round(batches * part)) for part in parts}
   numbers |= {batches - 1, batches + 1} - {0}
   if request.batch_size is None:
     for near in sizes:
-      if near * (batches - 1) < most:
-        yield min(near, int(min(most, 2 * _SIZES[-1]))), batches
+      yield _within(request, min(near, 2 * _SIZES[-1]), batches)
   for near in _given(request.num_batches, numbers):
-    if size * (near - 1) < most:
-      yield size, near
+    yield _within(request, size, near)
+
+
+def _within(request: Request, size: int, batches: int) -> tuple[int, int]:
+  """The smallest block of which no more are needed for all prompts; where both
+  numbers are given, they are kept."""
+  if request.prompts is not None:
+    count = math.ceil(request.prompts / (size * batches))
+    rows = math.ceil(request.prompts / count)
+    if request.batch_size is None:
+      size = math.ceil(rows / batches)
+    if None in (request.batch_size, request.num_batches):
+      batches = math.ceil(rows / size)
+  return size, batches
 
 
 def _given(value: int | None, choices: Iterable[int]) -> Iterable[int]:
@@ -248,138 +275,6 @@ def _settled(
   if policy.attention == 'host' and 'cache' not in settled:
     settled['cache'] = {'device': 0.0, 'host': 1.0, 'disk': 0.0}
   return settled
-
-
-def solve(
-  problem: Problem,
-  policy: Policy,
-  hardware: Hardware,
-  *,
-  max_latency: float | None = None,
-  settled: cost.Shares | None = None,
-  budgets: Mapping[str, float] | None = None,
-) -> tuple[cost.Shares, float] | None:
-  """Solves the linear program of one choice.
-
-  Minimises the seconds of a block, prefill + (n - 1) decode steps, subject to
-  each phase taking as long as its busiest resource, the bytes of each tier,
-  and `max_latency`. Time being about equal, less work of all resources is
-  preferred, then higher tiers.
-
-  Args:
-    settled: classes whose fractions are given.
-    budgets: bytes of each tier, if not the problem's.
-
-  Returns:
-    The fractions of every class, and the seconds of a block; None where
-    nothing fits.
-  """
-  charges = Charges(problem, hardware)
-  steps = max(0, problem.work.gen_len - 1)
-  limits = budgets or problem.budgets
-  highest = {name: (settled or {}).get(name, _HIGHEST) for name in CLASSES}
-  takes = _seconds(charges, policy, highest, limits)
-  if takes is not None and takes <= (max_latency or math.inf):
-    # The least: nothing crosses a link that need not. (Were rows written faster
-    # into a host cache than into a device's, it would not be; none are.)
-    return highest, takes
-  count = len(_VARIABLES)
-  rows: list[np.ndarray] = []
-  bounds: list[float] = []
-  hidden = np.zeros(count)
-
-  def at_most(coefficients: np.ndarray, times: Sequence[float], bound) -> None:
-    rows.append(np.concatenate([coefficients, times]))
-    bounds.append(bound)
-
-  for phase, prefill in enumerate((True, False)):
-    if not prefill and not steps:
-      continue
-    mine = [0.0, 0.0]
-    mine[phase] = -1.0
-
-    def seconds(shares, prefill=prefill):
-      busy = cost.step_seconds(charges, policy, shares, prefill)
-      return list(busy.values()) if policy.overlap else [sum(busy.values())]
-
-    def nbytes(shares, prefill=prefill):
-      return list(cost.peak_bytes(problem, policy, shares, prefill).values())
-
-    matrix, constant = _linear(seconds)
-    for coefficients, fixed_part in zip(matrix, constant, strict=True):
-      at_most(coefficients, mine, -fixed_part)
-    hidden += _HIDDEN * (1 if prefill else steps) * matrix.sum(axis=0)
-    matrix, constant = _linear(nbytes)
-    for c, fixed_part, tier in zip(matrix, constant, TIERS, strict=True):
-      at_most(c / 2**30, [0.0, 0.0], (limits[tier] - fixed_part) / 2**30)
-  if max_latency is not None:
-    at_most(np.zeros(count), [1.0, steps], max_latency)
-  worst = max(-b for b in bounds if b <= 0) if any(b < 0 for b in bounds) else 1
-  taste = np.array(
-    [_TASTE * worst * TIERS.index(tier) for _, tier in _VARIABLES]
-  )
-  equal = np.zeros((len(CLASSES), count + 2))
-  for row, name in enumerate(CLASSES):
-    equal[row, [n for n, (c, _) in enumerate(_VARIABLES) if c == name]] = 1
-  ranges = [
-    _range(problem, name, tier, settled or {}) for name, tier in _VARIABLES
-  ]
-  result = linprog(
-    [*(taste + hidden), 1.0, steps],
-    A_ub=np.array(rows),
-    b_ub=bounds,
-    A_eq=equal,
-    b_eq=np.ones(len(CLASSES)),
-    bounds=[*ranges, (0, None), (0, None)],
-    method='highs',
-  )
-  if result.status != 0:
-    return None
-  x = result.x
-  shares = {name: dict.fromkeys(TIERS, 0.0) for name in CLASSES}
-  for (name, tier), value in zip(_VARIABLES, x, strict=False):
-    shares[name][tier] = float(min(max(value, 0.0), 1.0))
-  return shares, float(x[-2] + steps * x[-1])
-
-
-def _seconds(
-  charges: Charges,
-  policy: Policy,
-  shares: cost.Shares,
-  limits: Mapping[str, float],
-) -> float | None:
-  """Seconds of a block by some fractions; None if they do not fit."""
-  seconds = 0.0
-  steps = max(0, charges.problem.work.gen_len - 1)
-  for prefill, times in ((True, 1), (False, steps)):
-    if not times:
-      continue
-    peak = cost.peak_bytes(charges.problem, policy, shares, prefill)
-    if any(peak[tier] > limits[tier] for tier in TIERS):
-      return None
-    busy = cost.step_seconds(charges, policy, shares, prefill).values()
-    seconds += times * (max(busy) if policy.overlap else sum(busy))
-  return seconds
-
-
-def _range(problem, name, tier, settled) -> tuple[float, float]:
-  if name in settled:
-    share = settled[name][tier]
-    return share, share
-  return 0.0, 1.0 if problem.budgets[tier] else 0.0
-
-
-def _linear(
-  function: Callable[[cost.Shares], list[float]],
-) -> tuple[np.ndarray, np.ndarray]:
-  """Coefficients and constants of affine functions of the fractions."""
-  none = {name: dict.fromkeys(TIERS, 0.0) for name in CLASSES}
-  constant = np.array(function(none))
-  columns = []
-  for name, tier in _VARIABLES:
-    corner = {**none, name: {**none[name], tier: 1.0}}
-    columns.append(np.array(function(corner)) - constant)
-  return np.array(columns).T, constant
 
 
 def place(

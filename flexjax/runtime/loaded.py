@@ -89,6 +89,9 @@ class LoadedModel:
         f'machine computes on a {self.machine.platform}'
       )
     self._record, self._lossy = record, allow_lossy
+    # A record that is not given is measured again for a disk.
+    known = record is None or record.knows_disk
+    self._disk_flag = '--disk_dir' if known else ''
     self._chosen: dict[Any, Choice] = {}
 
   @property
@@ -191,6 +194,7 @@ class LoadedModel:
         unified=self.machine.unified,
         chunk_tokens=self.machine.chunk_tokens,
         budgets=lambda form: self.budgets | {'disk': self._disk_budget(form)},
+        disk_flag=self._disk_flag,
       ),
       cache_bits=cache_choices(self.policy, lossy),
       lossy=None if lossy else functools.partial(self._planner, True),
@@ -199,7 +203,7 @@ class LoadedModel:
   def _disk_budget(self, form: Format) -> int:
     """Bytes of disk: those that are free, and those that are this model's."""
     assert self._record is not None
-    if 'disk_to_host' not in self._record.links:
+    if not self._record.knows_disk:
       return 0
     free = self.weights.disk_budget(form)
     if self.store is None or 'disk' not in self.store.tiers:

@@ -19,17 +19,13 @@ from flexjax.policy.plan import Plan, resolve
 from flexjax.policy.problem import Problem
 from flexjax.policy.search import Request, Variant
 from flexjax.quant import kernels, keys
-from flexjax.runtime import ranking
 from flexjax.runtime.formats import Format
+from flexjax.runtime.ranking import Ranker
 from flexjax.runtime.simulate import Prediction, predict
 from flexjax.tiers.base import spec_bytes
 from flexjax.typing import Key
 
-_ALIKE = 0.99  # of the best rate: then the shorter block is taken
 _MOST_CELLS = 100_000  # of a step, which takes seconds to simulate
-# How much longer dispatching is taken to last when plans are compared: records
-# of H200s say 75 to 155 us a cell, whose runs then took 110 to 290.
-CAUTION = 2.5
 _ATTENTIONS = ('device', 'host')
 # Of an accelerator's memory: what its allocator held beyond the plan was 4 %.
 _FRAGMENTS = 0.04
@@ -43,11 +39,13 @@ class Machine:
     unified: host and device are one memory.
     chunk_tokens: see `Compute`.
     budgets: bytes of each tier, for weights in a format.
+    disk_flag: see `Problem`.
   """
 
   unified: bool
   chunk_tokens: int
   budgets: Callable[[Format], Mapping[str, int]]
+  disk_flag: str = '--disk_dir'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,8 +55,8 @@ class Choice:
   Attributes:
     hardware: the machine that was planned for.
     form: of its weights.
-    slowly: what the plan is expected to take if dispatching takes `CAUTION`
-      times as long as the record says: by that plans are compared.
+    slowly: what the plan is expected to take on the machine that plans are
+      compared on; see `Ranker`.
     runners_up: other plans, best first, with what they take then.
   """
 
@@ -80,11 +78,6 @@ class Planner:
     lossy: makes a planner that may store in 4 bits what this one may not;
       None where it would make no difference. It is for advice.
 
-  Attributes:
-    cautious: the machine that plans are compared on, whose dispatching takes
-      longer: a processor has other things to do as well, and a plan that
-      has little to dispatch loses nothing by that.
-
   Raises:
     InputError: the cache cannot be stored in so many bits, or the record says
       nothing of any format's dtype.
@@ -102,10 +95,7 @@ class Planner:
     lossy: 'Callable[[], Planner] | None' = None,
   ):
     self.config, self.policy, self.hardware = config, policy, hardware
-    self.cautious = dataclasses.replace(
-      hardware,
-      dispatch={what: CAUTION * t for what, t in hardware.dispatch.items()},
-    )
+    self.ranker = Ranker(hardware)
     self.machine, self.cache_bits = machine, tuple(cache_bits)
     self._lossy = lossy
     self.forms = [form for form in forms if hardware.knows(form.dtype)]
@@ -142,14 +132,12 @@ class Planner:
 
   def _choose(self, request: Request, fixed, watched: bool) -> Choice:
     self._check(request)
-    machines = ranking.Machines(self.hardware, self.cautious)
     variants = self._variants(fixed)
-    ranked = ranking.rank(variants, request, machines, fixed, watched)
+    ranked = self.ranker.rank(variants, request, fixed, watched)
     if not ranked:
       plan = self._fallback(request, fixed, watched)
-      ranked = [ranking.simulate(plan, request, machines, watched)]
-    alike = [one for one in ranked if one.rate >= _ALIKE * ranked[0].rate]
-    chosen = min(alike, key=lambda one: one.seconds)
+      ranked = [self.ranker.simulate(plan, request, watched)]
+    chosen = self.ranker.pick(ranked, request, watched)
     return Choice(
       plan=chosen.plan,
       prediction=predict(chosen.plan, self.hardware, watched=watched),
@@ -192,6 +180,7 @@ class Planner:
       fused=str(packing.bits) in self.hardware.decode_attention
       and kernels.fits(packing, config.head_size),
       budgets=budgets,
+      disk_flag=machine.disk_flag,
     )
 
   def _variants(self, fixed: Mapping[Key, str] | None) -> list[Variant]:

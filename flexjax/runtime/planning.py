@@ -184,7 +184,7 @@ def _planner(
   disk = record.disk_space
   if disk_space is not None:
     disk = 0 if str(disk_space) == '0' else parse_bytes(disk_space) or 0
-  if disk and 'disk_to_host' not in record.links:
+  if disk and not record.knows_disk:
     raise InputError(f"the record of '{record.name}' says nothing of a disk")
   budgets = {
     'device': device or record.device_memory,
@@ -202,6 +202,7 @@ def _planner(
         unified=record.unified,
         chunk_tokens=devices.chunk_tokens(record.platform),
         budgets=lambda form: budgets,
+        disk_flag=_disk_flag(hardware, record),
       ),
       cache_bits=cache_choices(mine, lossy),
       lossy=None if lossy else functools.partial(make, True),
@@ -219,6 +220,12 @@ def _record(hardware, device, host, disk_dir, on_progress) -> Hardware:
   root = Path(disk_dir) if disk_dir else None
   record, _ = calibrate.load_or_measure(devices.machine(), root, on_progress)
   return record
+
+
+def _disk_flag(hardware, record: Hardware) -> str:
+  if hardware is None:
+    return '--disk_dir'
+  return '--disk_space' if record.knows_disk else ''
 
 
 def _forms(
