@@ -37,9 +37,10 @@ _ONCE = ['--warmups=0', '--repeats=1']
 
 
 def _offload(batch, how):
-  """A part: one batch size under the budget, one way of offloading."""
+  """A part: so many prompts under the budget, one way of offloading. How they
+  are divided into batches is the planner's; more would share weights."""
   return (
-    [*_LARGE, *_BUDGET, f'--batch_size={batch}'],
+    [*_LARGE, *_BUDGET, f'--num_prompts={batch}'],
     ['accelerate', *_LARGE, *_ONCE, f'--batch_size={batch}', *how],
   )
 
@@ -47,7 +48,10 @@ def _offload(batch, how):
 _MAPPED = ['--offload=mmap', '--cache=static']  # weights read where they lie
 _FILES = ['--offload=disk_offload']  # accelerate.disk_offload, all of it
 PARTS = {
-  '125m-float32': (_SMALL, ['transformers', *_SMALL, '--cache=static']),
+  '125m-float32': (
+    [*_SMALL, '--num_batches=1'],
+    ['transformers', *_SMALL, '--cache=static'],
+  ),
   '1.3b-disk-4': _offload(4, _MAPPED),
   '1.3b-disk-16': _offload(16, _MAPPED),
   '1.3b-disk-64': _offload(64, _MAPPED),
@@ -86,8 +90,7 @@ def run_flexjax(arguments):
   with tempfile.TemporaryDirectory() as folder:
     stats_file = Path(folder) / 'stats.json'
     command = [sys.executable, '-m', 'flexjax', 'bench', '--random_weights']
-    # As many prompts as the other side has, though more would share weights.
-    command += [*arguments, '--num_batches=1', f'--stats={stats_file}']
+    command += [*arguments, f'--stats={stats_file}']
     if '--host_memory=1GiB' in arguments:
       command.append(f'--disk_dir={_WORK_DIR.value}/flexjax')
     _, rss = run(command)

@@ -97,7 +97,7 @@ def run(name: str) -> None:
     ready = time.perf_counter() - began
     for n in range(_RUNS.value):
       llm.generate(ids, params)
-      common.append(_RESULTS.value, figures(name, n, ready, llm))
+      common.append(_RESULTS.value, figures(name, n, count, ready, llm))
     if _TRACE.value or _STEPS.value:
       llm.record = True
       llm.generate(ids, params)
@@ -107,17 +107,21 @@ def run(name: str) -> None:
       append_step(name, gen_len, llm)
 
 
-def figures(name: str, n: int, ready: float, llm: LLM) -> dict[str, Any]:
-  """The figures of a run, with what it ran by."""
+def figures(
+  name: str, n: int, count: int, ready: float, llm: LLM
+) -> dict[str, Any]:
+  """The figures of a run of `count` prompts, with what it ran by."""
   stats = llm.stats.to_json()
   fields = common.record(name, _COMMIT.value, [], stats)
   del fields['arguments']
-  decoded = stats['link_bytes']['host_to_device'] - weights_moved(llm)
+  work, policy = llm.plan.problem.work, llm.plan.policy
+  blocks = -(-count // (work.batch_size * work.num_batches))
+  moved = stats['link_bytes']['host_to_device']
+  decoded = moved - blocks * weights_moved(llm)
   bound = decoded / (GEN_LEN - 1) / common.LINK_BYTES_PER_S
   fields['link_bound_step_s'] = round(bound, 4)
-  work, policy = llm.plan.problem.work, llm.plan.policy
   predicted: Mapping[str, Any] = stats['predicted']
-  flop_s = prefill_flop(llm) / stats['prefill_seconds']
+  flop_s = blocks * prefill_flop(llm) / stats['prefill_seconds']
   fields |= {
     'run': n,
     'load_and_compile_s': round(ready, 1),
@@ -180,7 +184,7 @@ def merged(spans: Sequence[Span]) -> Iterator[tuple[float, float, int]]:
 
 
 def weights_moved(llm: LLM) -> int:
-  """Bytes of weights that cross in one step: all that a prefill loads."""
+  """Bytes of weights that cross in a step: all that a block's prefill loads."""
   problem, places = llm.plan.problem, llm.plan.places
   return sum(
     problem.group_bytes[g]
@@ -191,8 +195,8 @@ def weights_moved(llm: LLM) -> int:
 
 
 def prefill_flop(llm: LLM) -> float:
-  """Multiplications and additions of the layers' matrices: attention and the
-  head, 1 to 3 % of a prefill, are left out."""
+  """Multiplications and additions of the layers' matrices, of a block:
+  attention and the head, 1 to 3 % of a prefill, are left out."""
   c, work = llm.config, llm.plan.problem.work
   parameters = c.num_layers * (
     4 * c.hidden_size**2 + 2 * c.hidden_size * c.ffn_size
