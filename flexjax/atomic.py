@@ -43,11 +43,21 @@ def write(
 
 
 @contextlib.contextmanager
-def replaced(path: str | Path, *, sync: bool = False) -> Iterator[Path]:
+def replaced(
+  path: str | Path, *, sync: bool = False, alone: bool = False
+) -> Iterator[Path]:
   """Yields where to write a file, which then takes the place of one that was
-  there; after an exception that one stays. For `sync` see `write`."""
+  there; after an exception that one stays.
+
+  Args:
+    sync: see `write`.
+    alone: no other process writes this file meanwhile, so that all may write
+      under the same name: what a killed one has left, the next one takes up.
+  """
   path = Path(os.path.realpath(path))
-  new = path.with_name(f'.flexjax-{uuid.uuid4().hex}.new')
+  new = path.with_name(
+    f'.flexjax-{path.name if alone else uuid.uuid4().hex}.new'
+  )
   try:
     yield new
     if sync:

@@ -1,6 +1,8 @@
 """Files are written whole or not at all, and nothing else is touched."""
 
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -38,6 +40,25 @@ def test_parts_that_end_early_leave_the_old_file(path):
     atomic.write(path, parts())
   assert [p.name for p in path.parent.iterdir()] == [path.name]
   assert path.read_text() == 'old'
+
+
+KILLED = """
+import os, sys
+from flexjax import atomic
+with atomic.replaced(sys.argv[1], alone=True) as new:
+  new.write_text('half')
+  os._exit(0)
+"""
+
+
+def test_what_a_killed_writer_left_is_taken_up(path):
+  subprocess.run([sys.executable, '-c', KILLED, path], check=True)
+  (left,) = path.parent.iterdir()
+  assert left.read_text() == 'half'
+  with atomic.replaced(path, alone=True) as new:
+    new.write_text('whole')
+  assert [p.name for p in path.parent.iterdir()] == [path.name]
+  assert path.read_text() == 'whole'
 
 
 @pytest.mark.parametrize('sync', [False, True])

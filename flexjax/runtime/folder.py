@@ -156,5 +156,6 @@ class WeightFolder:
 
 
 def _write(path: Path, content: bytes) -> None:
-  with atomic.replaced(path, sync=True) as new:
+  """Only where the folder is locked."""
+  with atomic.replaced(path, sync=True, alone=True) as new:
     new.write_bytes(content)

@@ -194,7 +194,7 @@ class Weights:
       return
     for name in tokenizer.FILES:
       if (path / name).exists():
-        with atomic.replaced(root / name) as new:
+        with atomic.replaced(root / name, alone=True) as new:
           shutil.copyfile(path / name, new)
 
   def _source(self, form: Format, folder: WeightFolder | None) -> WeightSource:

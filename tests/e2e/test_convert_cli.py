@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import pytest
 from conftest import make_checkpoint, save_tokenizer
 
 from tests.commands import (
@@ -110,6 +111,42 @@ def test_killed_conversion(flexjax, tmp_path):
   assert times == {
     p: p.stat().st_mtime_ns for p in killed.rglob('*') if p.is_file()
   }
+
+
+# Before a file takes the place of NAME for the COUNTth time.
+KILLED = """
+import os, pathlib
+replace, counted = pathlib.Path.replace, []
+
+def die(self, target):
+  counted.extend([target] if pathlib.Path(target).name == '{}' else [])
+  if len(counted) == {}:
+    os._exit(9)
+  return replace(self, target)
+
+pathlib.Path.replace = die
+"""
+
+
+@pytest.mark.parametrize(
+  ('name', 'count', 'bits'),
+  [
+    ('vocab.json', 1, 16),
+    ('flexjax.json', 1, 16),
+    ('flexjax.json', 4, 16),
+    ('waves.npy', 1, 4),
+  ],
+)
+def test_killed_at_a_file_that_is_replaced(flexjax, place, name, count, bits):
+  """Nothing of it is left beside what the next conversion writes."""
+  argv = ['convert', f'--model={place}/one', f'--weight_bits={bits}']
+  assert flexjax(*argv, f'--disk_dir={place}/whole').code == 0
+  argv += [f'--disk_dir={place}/killed']
+  assert flexjax(*argv, patch=KILLED.format(name, count)).code == 9
+  left = [p.name for p in (place / 'killed').iterdir()]
+  assert any(n.endswith('.new') for n in left), left
+  assert flexjax(*argv).code == 0
+  assert weights_in(place / 'killed') == weights_in(place / 'whole')
 
 
 def test_lost_chunk_is_not_read_as_zeros(flexjax, place):
