@@ -12,7 +12,11 @@ _STANDARD = {'/dev/stdout': 1, '/dev/stderr': 2}
 
 
 def write(
-  path: str | Path, parts: Iterable[str], *, sync: bool = False
+  path: str | Path,
+  parts: Iterable[str],
+  *,
+  sync: bool = False,
+  alone: bool = False,
 ) -> None:
   """Writes a text file; one that was there stays until the new one is whole.
 
@@ -21,6 +25,8 @@ def write(
 
   Args:
     sync: it is on the disk, under its name, when this returns.
+    alone: no other process writes this file meanwhile, so that all may write
+      under one name first: what a killed one has left, the next one takes up.
 
   Raises:
     OSError: it cannot be written.
@@ -36,7 +42,7 @@ def write(
       file.writelines(parts)
     return
   with (
-    replaced(path, sync=sync) as new,
+    replaced(path, sync=sync, alone=alone) as new,
     open(new, 'w', encoding='utf-8') as file,
   ):
     file.writelines(parts)
@@ -47,17 +53,10 @@ def replaced(
   path: str | Path, *, sync: bool = False, alone: bool = False
 ) -> Iterator[Path]:
   """Yields where to write a file, which then takes the place of one that was
-  there; after an exception that one stays.
-
-  Args:
-    sync: see `write`.
-    alone: no other process writes this file meanwhile, so that all may write
-      under the same name: what a killed one has left, the next one takes up.
-  """
+  there; after an exception that one stays. For the rest see `write`."""
   path = Path(os.path.realpath(path))
-  new = path.with_name(
-    f'.flexjax-{path.name if alone else uuid.uuid4().hex}.new'
-  )
+  number = uuid.uuid5(uuid.NAMESPACE_OID, path.name) if alone else uuid.uuid4()
+  new = path.with_name(f'.flexjax-{number.hex}.new')
   try:
     yield new
     if sync:

@@ -55,8 +55,7 @@ def test_what_a_killed_writer_left_is_taken_up(path):
   subprocess.run([sys.executable, '-c', KILLED, path], check=True)
   (left,) = path.parent.iterdir()
   assert left.read_text() == 'half'
-  with atomic.replaced(path, alone=True) as new:
-    new.write_text('whole')
+  atomic.write(path, ['whole'], alone=True)
   assert [p.name for p in path.parent.iterdir()] == [path.name]
   assert path.read_text() == 'whole'
 
@@ -72,9 +71,10 @@ def test_what_is_named_alike_is_not_touched(path, sync):
   assert len(list(path.parent.iterdir())) == 4
 
 
-def test_a_name_may_be_as_long_as_names_may_be(path):
+@pytest.mark.parametrize('alone', [False, True])
+def test_a_name_may_be_as_long_as_names_may_be(path, alone):
   path = path.with_name(255 * 'n')
-  atomic.write(path, ['a'])
+  atomic.write(path, ['a'], alone=alone)
   assert path.read_text() == 'a'
 
 

@@ -209,7 +209,7 @@ class Journal:
     values = self._about, size, kept_size, check, json.loads(json.dumps(done))
     state = dict(zip(_STATE, values, strict=True))
     text = json.dumps(state | {'digest': _digest(state)})
-    atomic.write(self._state, [text], sync=True)
+    atomic.write(self._state, [text], sync=True, alone=True)
     self._size, self._kept_size, self._check = size, kept_size, check
     self.done = done
 

@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import stat
+import subprocess
+import sys
 
 import pytest
 
@@ -116,6 +118,28 @@ def test_what_is_kept_aside_survives_until_the_next_commit(tmp_path):
   aside.write_text('')
   with pytest.raises(InputError, match='lost lines'):
     Journal(path, ABOUT)
+
+
+KILLED = """
+import os, pathlib, sys
+from flexjax.apps.journal import Journal
+journal = Journal(pathlib.Path(sys.argv[1]), eval(sys.argv[2]))
+pathlib.Path.replace = lambda *_: os._exit(9)
+journal.commit(['1'], 1)
+"""
+
+
+def test_a_kill_leaves_nothing_for_good(tmp_path):
+  path = tmp_path / 'out.jsonl'
+  command = [sys.executable, '-c', KILLED, path, repr(ABOUT)]
+  done = subprocess.run(command, check=False)
+  assert done.returncode == 9
+  assert len(list(tmp_path.iterdir())) == 3
+  journal = Journal(path, ABOUT)
+  assert journal.done is None
+  journal.commit(['1'], 1)
+  journal.close()
+  assert sorted(tmp_path.iterdir()) == [path, tmp_path / 'out.jsonl.job']
 
 
 def test_nothing_is_written_behind_what_failed(tmp_path, monkeypatch):
