@@ -5,7 +5,6 @@ import dataclasses
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -98,8 +97,6 @@ def forks(folder) -> Iterator[Callable[..., Done]]:
 
 
 def start(*argv, **kwargs):
-  # A shell's background job ignores it, and so would what the job starts.
-  signal.signal(signal.SIGINT, signal.default_int_handler)
   command = [sys.executable, '-m', 'flexjax', *map(str, argv)]
   return subprocess.Popen(
     command,

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import tempfile
 
 import pytest
@@ -12,6 +13,8 @@ from flexjax.runtime import calibrate, devices
 from tests import commands
 from tests.machines import machine
 
+# A shell's background job ignores it, and so would what tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Here, because modules of tests keep the environment for their processes.
 CACHE = os.environ['FLEXJAX_CACHE_DIR'] = tempfile.mkdtemp('flexjax')
 

@@ -21,7 +21,7 @@ from flexjax.errors import InputError
 from flexjax.hardware import Curve, Hardware
 from flexjax.runtime import devices
 from flexjax.runtime.devices import Machine
-from flexjax.runtime.timing import dispatch, layers, links
+from flexjax.runtime.timing import contention, disks, dispatch, layers, links
 from flexjax.runtime.timing.points import points
 from flexjax.runtime.timing.stopwatch import Stopwatch
 from flexjax.version import VERSION
@@ -75,7 +75,7 @@ def _measure(
     'row_write': lambda: _row_write(watch, todo, disk_dir),
     'pick': lambda: layers.pick(watch, todo),
     'dispatch': lambda: dispatch.dispatch(watch),
-    'contention': lambda: links.contention(watch, todo, disk_dir),
+    'contention': lambda: contention.losses(watch, todo, disk_dir),
   }
   fields: dict[str, Any] = {}
   for done, (name, stage) in enumerate(stages.items()):
@@ -99,7 +99,7 @@ def _links(
   watch: Stopwatch, todo, disk_dir: Path | None
 ) -> dict[str, dict[str, Curve]]:
   """Returns the fields of a record that are about links."""
-  disk = links.disk_links(watch, todo, disk_dir) if disk_dir else {}
+  disk = disks.curves(watch, todo, disk_dir) if disk_dir else {}
   host = links.host_links(watch, todo)
   return disk | {'links': {**disk.get('links', {}), **host}}
 
@@ -107,7 +107,7 @@ def _links(
 def _row_write(watch: Stopwatch, todo, disk_dir: Path | None):
   curves = links.row_write(watch, todo)
   if disk_dir:
-    curves['disk'] = links.disk_row_write(watch, todo, disk_dir)
+    curves['disk'] = disks.row_write(watch, todo, disk_dir)
   return curves
 
 
@@ -161,7 +161,7 @@ def _with_disk(machine: Machine, record: Hardware, disk_dir: Path) -> Hardware:
   """Measures the disk that a record says nothing of."""
   todo = points(machine.platform, quick=True)
   watch = Stopwatch(machine, todo.seconds)
-  disk = links.disk_links(watch, todo, disk_dir)
+  disk = disks.curves(watch, todo, disk_dir)
   return dataclasses.replace(
     record,
     source=f'{record.source}; disk: {_source(disk_dir, True)}',
@@ -170,10 +170,10 @@ def _with_disk(machine: Machine, record: Hardware, disk_dir: Path) -> Hardware:
     fresh={**record.fresh, **disk['fresh']},
     row_write={
       **record.row_write,
-      'disk': links.disk_row_write(watch, todo, disk_dir),
+      'disk': disks.row_write(watch, todo, disk_dir),
     },
     contention={
-      **links.contention(watch, todo, disk_dir),
+      **contention.losses(watch, todo, disk_dir),
       **record.contention,
     },
     disk_space=devices.free_disk(disk_dir),

@@ -1,6 +1,7 @@
-"""A TensorStore on disk: zarr3, uncompressed, read into reused buffers.
+"""A TensorStore on disk: zarr3, uncompressed, read into reused buffers, or used
+where it is mapped.
 
-Hides files, chunks, threads and buffers. Weights lie under `weights/` and
+Hides files, chunks and threads. Weights lie under `weights/` and
 outlive the run; everything else lies in a folder of this run, which goes when
 the tier is closed. Reads and writes run in threads of their own; a read of a
 key waits for the writes to it, and an error in a thread is raised by whoever
@@ -10,11 +11,11 @@ waits for its result.
 import os
 import re
 import shutil
-import threading
 import uuid
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from mmap import PAGESIZE
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,9 @@ from jax.sharding import Sharding
 from flexjax.config import DISK_CACHE_CHUNK, MAX_DISK_WRITES
 from flexjax.errors import InputError
 from flexjax.tiers.base import At, Pending, Spec, Tier, Value
+from flexjax.tiers.buffers import Buffers, Files
 from flexjax.typing import Key, Piece
 
-_ALIGNMENT = 64  # bytes: what XLA wants of a buffer it uses in place
 _CHUNK_BYTES = 16 * 2**20
 _SCRATCH = re.compile(r'run-([0-9]+)-[0-9a-f]{8}')
 _ROWS_AXIS = -2  # of a cache [B, N, S, H]
@@ -57,17 +58,19 @@ class DiskTier(Tier):
     self.moves = True
     self.scratch = root / f'run-{os.getpid()}-{uuid.uuid4().hex[:8]}'
     self._arrays: dict[Key, dict[str, ts.TensorStore]] = {}
+    self._files: dict[tuple[Key, str], Files] = {}  # that are mapped
     self._shapes: dict[tuple[Key, str], tuple[int, ...]] = {}
     self._whole: dict[Key, int] = {}  # bytes of the latest whole value
     self._writes: dict[Key, Future] = {}
     self._under_way: deque[tuple[Future, int]] = deque()
     self._writing = 0  # bytes of what is under way
     self.peak_host_nbytes = 0
-    self._buffers = _Buffers()
+    self._buffers = Buffers()
     self._readers = ThreadPoolExecutor(4, 'flexjax-read')
     self._writers = ThreadPoolExecutor(2, 'flexjax-write')
-    # Mapped files cost half the CPU time of reads, for which the CPU backend
-    # computes; from a cold disk plain reads are a fifth faster.
+    # Where the CPU computes, weights are used where their files are mapped, and
+    # copies of mapped files cost it half the time of reads; from a cold disk
+    # plain reads are a fifth faster.
     self.unified = host == device
     mode = 'memmap' if self.unified else 'default'
     settings = {
@@ -95,16 +98,20 @@ class DiskTier(Tier):
   def allocate(self, key: Key, spec: Spec) -> None:
     super().allocate(key, spec)
     lasting = key[0] == 'weights'
-    folder = self.root if lasting else self.scratch
+    folder = (self.root if lasting else self.scratch) / _folder_of(key)
     self._arrays[key] = {
       name: ts.open(
-        _array_spec(folder / _folder_of(key) / name, s),
+        _array_spec(folder / name, s),
         create=True,
         open=lasting,
         context=self._durable if lasting else self._hasty,
       ).result()
       for name, s in spec.items()
     }
+    if lasting and self.unified:
+      for name, s in spec.items():
+        if files := _files_of(folder / name, s):
+          self._files[key, name] = files
 
   def free(self, key: Key) -> None:
     super().free(key)
@@ -113,6 +120,7 @@ class DiskTier(Tier):
       write.exception()  # of no interest any more, but it must have ended
     for name in self._arrays.pop(key):
       self._shapes.pop((key, name), None)
+      self._files.pop((key, name), None)
     self._buffers.keep(
       {
         (s.shape, s.dtype)
@@ -178,21 +186,24 @@ class DiskTier(Tier):
     if before is not None:
       before.result()
     views, copies = {}, []
-    for name, array in self._arrays[key].items():
-      shape = self._shapes.get((key, name), array.shape)
-      view = self._buffers.take(shape, array.dtype.numpy_dtype)
-      self.count_host()
-      views[name] = view
-      part: Any = ts.d[:][tuple(slice(0, n) for n in shape)]
-      target = view
-      if rows is not None:
-        part = (*(slice(0, n) for n in shape[:-2]), slice(0, rows))
-        target = view[..., :rows, :]
-      copies.append(ts.array(target).write(array[part]))
     try:
+      for name, array in self._arrays[key].items():
+        shape = self._shapes.get((key, name), array.shape)
+        files = self._files.get((key, name))
+        view = self._buffers.take(shape, array.dtype.numpy_dtype, files)
+        self.count_host()
+        views[name] = view
+        if files is not None:
+          continue
+        part: Any = ts.d[:][tuple(slice(0, n) for n in shape)]
+        target = view
+        if rows is not None:
+          part = (*(slice(0, n) for n in shape[:-2]), slice(0, rows))
+          target = view[..., :rows, :]
+        copies.append(ts.array(target).write(array[part]))
       for copy in copies:
         copy.result()
-    except ValueError as e:  # how TensorStore says that a file is not right
+    except (OSError, ValueError) as e:  # ValueError: TensorStore's, of a file
       raise _unreadable(self.root, key, e) from None
     return views, jax.device_put(views, self.device)
 
@@ -214,7 +225,7 @@ class DiskTier(Tier):
 class _DiskRead:
   """A read in its thread, and the buffers it fills."""
 
-  def __init__(self, future: Future, buffers: '_Buffers'):
+  def __init__(self, future: Future, buffers: Buffers):
     self._future, self._buffers = future, buffers
 
   def result(self) -> dict[str, jax.Array]:
@@ -228,41 +239,6 @@ class _DiskRead:
     fence = [*arrays.values(), *after]
     for view in views.values():
       self._buffers.give(view, fence)
-
-
-class _Buffers:
-  """Aligned NumPy buffers by shape, each with what must end before reuse."""
-
-  def __init__(self) -> None:
-    self.nbytes = 0
-    self._free: dict[Any, list[tuple[np.ndarray, list[jax.Array]]]] = {}
-    self._lock = threading.Lock()
-
-  def take(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    with self._lock:
-      free = self._free.setdefault((shape, dtype), [])
-      view, fence = free.pop(0) if free else (None, [])
-    if view is not None:
-      jax.block_until_ready(fence)
-      return view
-    size = int(np.prod(shape)) * dtype.itemsize
-    # Zeros, because rows that are masked must still be finite.
-    raw = np.zeros(size + _ALIGNMENT, np.uint8)
-    begin = -raw.ctypes.data % _ALIGNMENT
-    with self._lock:
-      self.nbytes += size
-    return raw[begin : begin + size].view(dtype).reshape(shape)
-
-  def keep(self, kinds: set[Any]) -> None:
-    """Drops free buffers of any other (shape, dtype)."""
-    with self._lock:
-      for kind in [k for k in self._free if k not in kinds]:
-        for view, _ in self._free.pop(kind):
-          self.nbytes -= view.nbytes
-
-  def give(self, view: np.ndarray, fence: list[jax.Array]) -> None:
-    with self._lock:
-      self._free.setdefault((view.shape, view.dtype), []).append((view, fence))
 
 
 def read_pieces(root: Path, key: Key, spec: Spec) -> Iterator[Piece]:
@@ -290,28 +266,33 @@ def _folder_of(key: Key) -> str:
   return '.'.join(map(str, key))
 
 
-def _unreadable(root: Path, key: Key, error: ValueError) -> OSError:
+def _unreadable(root: Path, key: Key, error: Exception) -> OSError:
   return OSError(f"'{root}': {_folder_of(key)} cannot be read: {error}")
 
 
+def _files_of(path: Path, spec: jax.ShapeDtypeStruct) -> Files | None:
+  """Returns the files of an array's rows, where they can lie in memory one
+  after the other: each as whole pages."""
+  chunk = _chunk_of(spec)
+  each = int(np.prod(chunk)) * np.dtype(spec.dtype).itemsize
+  count = -(-spec.shape[0] // chunk[0])
+  if chunk[1:] != spec.shape[1:] or not each or (count > 1 and each % PAGESIZE):
+    return None
+  rest = ['0'] * (len(chunk) - 1)
+  paths = [path.joinpath('c', str(n), *rest) for n in range(count)]
+  return Files(paths, each)
+
+
 def _array_spec(path: Path, spec: jax.ShapeDtypeStruct) -> dict[str, Any]:
-  shape = list(spec.shape)
-  dtype = np.dtype(spec.dtype)
-  cached = len(shape) > 3
-  axis = len(shape) + _ROWS_AXIS if cached else 0
-  row = int(np.prod(shape)) * dtype.itemsize // shape[axis]
-  target = DISK_CACHE_CHUNK if cached else _CHUNK_BYTES
-  chunk = list(shape)
-  chunk[axis] = min(shape[axis], max(1, target // row))
   return {
     'driver': 'zarr3',
     'kvstore': {'driver': 'file', 'path': f'{path}/'},
     'metadata': {
-      'shape': shape,
-      'data_type': dtype.name,
+      'shape': list(spec.shape),
+      'data_type': np.dtype(spec.dtype).name,
       'chunk_grid': {
         'name': 'regular',
-        'configuration': {'chunk_shape': chunk},
+        'configuration': {'chunk_shape': list(_chunk_of(spec))},
       },
       'codecs': [{'name': 'bytes', 'configuration': {'endian': 'little'}}],
     },
@@ -319,6 +300,17 @@ def _array_spec(path: Path, spec: jax.ShapeDtypeStruct) -> dict[str, Any]:
     'fill_missing_data_reads': False,
     'store_data_equal_to_fill_value': True,
   }
+
+
+def _chunk_of(spec: jax.ShapeDtypeStruct) -> tuple[int, ...]:
+  """Returns the shape of a file's part of an array: some of a matrix's rows, or
+  of all rows of a cache some."""
+  shape, cached = spec.shape, len(spec.shape) > 3
+  axis = len(shape) + _ROWS_AXIS if cached else 0
+  row = int(np.prod(shape)) * np.dtype(spec.dtype).itemsize // shape[axis]
+  target = DISK_CACHE_CHUNK if cached else _CHUNK_BYTES
+  rows = min(shape[axis], max(1, target // row))
+  return (*shape[:axis], rows, *shape[axis + 1 :])
 
 
 def _is_running(pid: int) -> bool:

@@ -126,7 +126,7 @@ def test_nothing_is_left_on_disk_by_an_error(tmp_path, monkeypatch, machine):
   def fail(*args):
     raise KeyboardInterrupt
 
-  monkeypatch.setattr('flexjax.runtime.timing.links._disk_write', fail)
+  monkeypatch.setattr('flexjax.runtime.timing.disks._disk_write', fail)
   with pytest.raises(KeyboardInterrupt):
     calibrate.measure(disk_dir=tmp_path, quick=True)
   assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,106 @@
+"""Times computing beside transfers."""
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+from flexjax.runtime.timing import disks, layers
+from flexjax.runtime.timing.links import AT_ONCE, DTYPE, ROW, Start, fill
+from flexjax.runtime.timing.points import Points
+from flexjax.runtime.timing.stopwatch import Stopwatch
+from flexjax.tiers.host import HostTier
+
+_TURNS = 7  # runs of which the median counts
+
+
+def losses(
+  watch: Stopwatch, points: Points, disk_dir: Path | None
+) -> dict[str, float]:
+  """Link -> part of its busy time that computing loses.
+
+  0 where both at once take as long as the longer of them, 1 where they take
+  as long as one after the other.
+  """
+  if watch.machine.unified and disk_dir is None:
+    return {}
+  width, rows = (2048, 16) if watch.machine.platform == 'cpu' else (2048, 2048)
+  call = layers.mlp_layer(watch, DTYPE, width)(rows)
+  found = {}
+  if disk_dir is not None:
+    with (
+      disks.tier_below(watch, disk_dir) as disk,
+      disks.rows(watch, disk, points.rewritten[-1]) as start,
+    ):
+      found['host_to_disk'] = _lost(watch, call, start)
+    # A CPU reads files with the cores that it computes with: measured, it was
+    # 0.4 to 1 from one minute to the next.
+    found['disk_to_host'] = 1.0
+  if disk_dir is not None and not watch.machine.unified:
+    with (
+      disks.tier_below(watch, disk_dir) as disk,
+      disks.weights(
+        watch, disk, points.contending_bytes, points.cold_bytes
+      ) as start,
+    ):
+      found['disk_to_host'] = _lost(watch, call, start)
+  if not watch.machine.unified:
+    found |= _host_contention(watch, points, call)
+  return found
+
+
+def _host_contention(watch: Stopwatch, points: Points, call):
+  machine, key = watch.machine, ('weights', 0)
+  shape = (points.contending_bytes // ROW, ROW // 2)
+  tier = HostTier(machine.pinned, machine.device)
+  fill(watch, tier, key, shape)
+  there = watch.numbers(shape, DTYPE)
+
+  def up():
+    moved = [tier.read(key).result() for _ in range(AT_ONCE)]
+    return lambda: jax.block_until_ready(moved)
+
+  def down():
+    moved = [jax.device_put(there, machine.pinned) for _ in range(AT_ONCE)]
+    return lambda: jax.block_until_ready(moved)
+
+  found = {
+    'host_to_device': _lost(watch, call, up),
+    'device_to_host': _lost(watch, call, down),
+  }
+  tier.close()
+  return found
+
+
+def _lost(watch: Stopwatch, call, start: Start) -> float:
+  moving = watch.wall(lambda _: start(), lambda wait: wait())
+  calls = max(1, round(moving / watch.on_device(call)))
+
+  def compute() -> None:
+    for n in range(calls):
+      last = call(n)
+      if watch.machine.platform == 'cpu':  # else they run beside each other
+        jax.block_until_ready(last)
+    jax.block_until_ready(last)
+
+  def both() -> None:
+    wait = start()
+    compute()
+    wait()
+
+  computing = _median(compute)
+  moving = _median(lambda: start()())
+  together = _median(both)
+  longer, shorter = max(computing, moving), min(computing, moving)
+  return max(0.0, min(1.0, (together - longer) / shorter))
+
+
+def _median(run: Callable[[], object]) -> float:
+  seconds = []
+  for _ in range(_TURNS):
+    began = time.perf_counter()
+    run()
+    seconds.append(time.perf_counter() - began)
+  return statistics.median(seconds)

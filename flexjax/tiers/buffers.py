@@ -1,0 +1,144 @@
+"""Where reads from a disk end: buffers that are used again, or the files
+themselves, mapped into memory.
+
+Hides alignment, the system's calls, and when memory may be used again.
+"""
+
+import ctypes
+import errno
+import functools
+import mmap
+import os
+import threading
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+_ALIGNMENT = 64  # bytes: what XLA wants of a buffer it uses in place
+_PROT_NONE = 0
+_MAP_FIXED = 0x10  # Linux and macOS
+_MADV_POPULATE_READ = 22  # Linux 5.14
+
+
+class Files(NamedTuple):
+  """Files of `each` bytes that hold an array, one after the other."""
+
+  paths: Sequence[Path]
+  each: int
+
+  def mapped(self, nbytes: int) -> np.ndarray:
+    """Returns the first [nbytes] uint8 of them: the system's own copy, already
+    read in, for as long as anyone refers to it.
+
+    Raises:
+      OSError: a file is missing or of another size, or cannot be read.
+    """
+    total = self.each * len(self.paths)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    begin = _map(None, total, _PROT_NONE, flags, -1)
+    memory = (ctypes.c_ubyte * nbytes).from_address(begin)
+    # Not at exit, when threads may still compute with it.
+    weakref.finalize(memory, _libc().munmap, begin, total).atexit = False
+    for n, path in enumerate(self.paths):
+      number = os.open(path, os.O_RDONLY)
+      try:
+        if (size := os.fstat(number).st_size) != self.each:
+          raise OSError(f"'{path}' has {size} bytes, not {self.each}")
+        flags = mmap.MAP_SHARED | _MAP_FIXED
+        _map(begin + n * self.each, self.each, mmap.PROT_READ, flags, number)
+      finally:
+        os.close(number)
+    # The first asks for all of it at once, the second waits until it is there.
+    for advice in mmap.MADV_WILLNEED, _MADV_POPULATE_READ:
+      _advise(begin, total, advice)
+    view = np.ctypeslib.as_array(memory)
+    view.flags.writeable = False
+    return view
+
+
+class Buffers:
+  """NumPy arrays by shape, each with what must end before its memory may be
+  used again.
+
+  Attributes:
+    nbytes: bytes of all of them, those that wait for a use included.
+  """
+
+  def __init__(self) -> None:
+    self.nbytes = 0
+    self._free: dict[Any, list[tuple[np.ndarray, list[jax.Array]]]] = {}
+    self._lock = threading.Lock()
+
+  def take(
+    self, shape: tuple[int, ...], dtype: np.dtype, files: Files | None = None
+  ) -> np.ndarray:
+    """Returns what files hold, read-only, or else an aligned array to fill.
+
+    Raises:
+      OSError: see `Files.mapped`.
+    """
+    size = int(np.prod(shape)) * dtype.itemsize
+    with self._lock:
+      free = self._free.setdefault((shape, dtype, files is None), [])
+      view, fence = free.pop(0) if free else (None, [])
+      if view is None:
+        self.nbytes += size
+    jax.block_until_ready(fence)
+    if files is not None:
+      view, fence = None, []  # what was mapped goes before the next is
+      return files.mapped(size).view(dtype).reshape(shape)
+    return _aligned(size).view(dtype).reshape(shape) if view is None else view
+
+  def give(self, view: np.ndarray, fence: list[jax.Array]) -> None:
+    """Takes an array back, for use when `fence` is computed."""
+    kind = view.shape, view.dtype, view.flags.writeable
+    with self._lock:
+      self._free.setdefault(kind, []).append((view, fence))
+
+  def keep(self, kinds: set[tuple[tuple[int, ...], np.dtype]]) -> None:
+    """Drops those that wait and are of any other (shape, dtype)."""
+    with self._lock:
+      for kind in [k for k in self._free if k[:2] not in kinds]:
+        for view, _ in self._free.pop(kind):
+          self.nbytes -= view.nbytes
+
+
+def _aligned(size: int) -> np.ndarray:
+  # Zeros, because rows that are masked must still be finite.
+  raw = np.zeros(size + _ALIGNMENT, np.uint8)
+  begin = -raw.ctypes.data % _ALIGNMENT
+  return raw[begin : begin + size]
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+  libc = ctypes.CDLL(None, use_errno=True)
+  libc.mmap.restype = address = ctypes.c_void_p
+  size, number = ctypes.c_size_t, ctypes.c_int
+  libc.mmap.argtypes = (address, size, number, number, number, ctypes.c_long)
+  libc.munmap.argtypes = (address, size)
+  libc.madvise.argtypes = (address, size, number)
+  return libc
+
+
+def _map(begin: int | None, size: int, access: int, flags: int, file: int):
+  address = _libc().mmap(begin, size, access, flags, file, 0)
+  if address == ctypes.c_void_p(-1).value:
+    raise _error()
+  return address
+
+
+def _advise(begin: int, size: int, advice: int) -> None:
+  if _libc().madvise(begin, size, advice):
+    error = _error()
+    if error.errno != errno.EINVAL:  # an older system does not know it
+      raise error
+
+
+def _error() -> OSError:
+  number = ctypes.get_errno()
+  return OSError(number, os.strerror(number))
