@@ -21,7 +21,8 @@ import numpy as np
 _ALIGNMENT = 64  # bytes: what XLA wants of a buffer it uses in place
 _PROT_NONE = 0
 _MAP_FIXED = 0x10  # Linux and macOS
-_MADV_POPULATE_READ = 22  # Linux 5.14
+_MADV_HUGEPAGE, _MADV_POPULATE_READ = 14, 22  # Linux; the second from 5.14 on
+_HUGE_PAGE = 2**21
 
 
 class Files(NamedTuple):
@@ -39,10 +40,12 @@ class Files(NamedTuple):
     """
     total = self.each * len(self.paths)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    begin = _map(None, total, _PROT_NONE, flags, -1)
+    room = total + _HUGE_PAGE
+    first = _map(None, room, _PROT_NONE, flags, -1)
+    begin = first + -first % _HUGE_PAGE
     memory = (ctypes.c_ubyte * nbytes).from_address(begin)
     # Not at exit, when threads may still compute with it.
-    weakref.finalize(memory, _libc().munmap, begin, total).atexit = False
+    weakref.finalize(memory, _libc().munmap, first, room).atexit = False
     for n, path in enumerate(self.paths):
       number = os.open(path, os.O_RDONLY)
       try:
@@ -52,9 +55,11 @@ class Files(NamedTuple):
         _map(begin + n * self.each, self.each, mmap.PROT_READ, flags, number)
       finally:
         os.close(number)
-    # The first asks for all of it at once, the second waits until it is there.
-    for advice in mmap.MADV_WILLNEED, _MADV_POPULATE_READ:
-      _advise(begin, total, advice)
+    # What comes from the disk for the first time goes into large pages, and
+    # takes next to nothing to map from then on.
+    _advise(begin, total, _MADV_HUGEPAGE)
+    if not _advise(begin, total, _MADV_POPULATE_READ):
+      _advise(begin, total, mmap.MADV_WILLNEED)
     view = np.ctypeslib.as_array(memory)
     view.flags.writeable = False
     return view
@@ -132,11 +137,14 @@ def _map(begin: int | None, size: int, access: int, flags: int, file: int):
   return address
 
 
-def _advise(begin: int, size: int, advice: int) -> None:
-  if _libc().madvise(begin, size, advice):
-    error = _error()
-    if error.errno != errno.EINVAL:  # an older system does not know it
-      raise error
+def _advise(begin: int, size: int, advice: int) -> bool:
+  """Returns whether the system knows this advice."""
+  if not _libc().madvise(begin, size, advice):
+    return True
+  error = _error()
+  if error.errno != errno.EINVAL:
+    raise error
+  return False
 
 
 def _error() -> OSError:
