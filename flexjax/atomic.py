@@ -57,6 +57,8 @@ def replaced(
   path = Path(os.path.realpath(path))
   number = uuid.uuid5(uuid.NAMESPACE_OID, path.name) if alone else uuid.uuid4()
   new = path.with_name(f'.flexjax-{number.hex}.new')
+  if alone:
+    new.unlink(missing_ok=True)  # it may be of someone else
   try:
     yield new
     if sync:

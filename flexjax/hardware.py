@@ -216,8 +216,10 @@ class Hardware:
     usual = curve(nbytes)
     seconds = self.fresh.get(name, curve)(nbytes) if fresh else usual
     if alone and name in self.alone:
-      # What is fresh takes as much longer one by one as what is not.
-      seconds *= self.alone[name](nbytes) / usual
+      ratio = self.alone[name](nbytes) / usual
+      # What is fresh takes as much longer one by one as what is not, but may be
+      # read in another way: no less, then.
+      seconds *= max(1.0, ratio) if fresh else ratio
     return seconds
 
   @property

@@ -156,6 +156,6 @@ class WeightFolder:
 
 
 def _write(path: Path, content: bytes) -> None:
-  """Only where the folder is locked."""
+  """Replaces a file of a folder that is locked."""
   with atomic.replaced(path, sync=True, alone=True) as new:
     new.write_bytes(content)

@@ -5,7 +5,6 @@ Hides alignment, the system's calls, and when memory may be used again.
 """
 
 import ctypes
-import errno
 import functools
 import mmap
 import os
@@ -20,13 +19,15 @@ import numpy as np
 
 _ALIGNMENT = 64  # bytes: what XLA wants of a buffer it uses in place
 _PROT_NONE = 0
+_ANONYMOUS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 _MAP_FIXED = 0x10  # Linux and macOS
 _MADV_HUGEPAGE, _MADV_POPULATE_READ = 14, 22  # Linux; the second from 5.14 on
 _HUGE_PAGE = 2**21
 
 
 class Files(NamedTuple):
-  """Files of `each` bytes that hold an array, one after the other."""
+  """Files of `each` bytes that hold an array, one after the other: whole pages
+  where there are several."""
 
   paths: Sequence[Path]
   each: int
@@ -39,9 +40,8 @@ class Files(NamedTuple):
       OSError: a file is missing or of another size, or cannot be read.
     """
     total = self.each * len(self.paths)
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     room = total + _HUGE_PAGE
-    first = _map(None, room, _PROT_NONE, flags, -1)
+    first = _map(None, room, _PROT_NONE, _ANONYMOUS, -1)
     begin = first + -first % _HUGE_PAGE
     memory = (ctypes.c_ubyte * nbytes).from_address(begin)
     # Not at exit, when threads may still compute with it.
@@ -55,14 +55,24 @@ class Files(NamedTuple):
         _map(begin + n * self.each, self.each, mmap.PROT_READ, flags, number)
       finally:
         os.close(number)
-    # What comes from the disk for the first time goes into large pages, and
-    # takes next to nothing to map from then on.
-    _advise(begin, total, _MADV_HUGEPAGE)
-    if not _advise(begin, total, _MADV_POPULATE_READ):
-      _advise(begin, total, mmap.MADV_WILLNEED)
+    # What comes from the disk for the first time goes into large pages, where
+    # the system has them, and takes next to nothing to map from then on.
+    _libc().madvise(begin, total, _MADV_HUGEPAGE)
+    if _libc().madvise(begin, total, _MADV_POPULATE_READ):
+      raise _error()
     view = np.ctypeslib.as_array(memory)
     view.flags.writeable = False
     return view
+
+
+@functools.cache
+def can_map() -> bool:
+  """Whether this system can read mapped files in: else that would be left to
+  whoever computes with them."""
+  page = _map(None, mmap.PAGESIZE, mmap.PROT_READ, _ANONYMOUS, -1)
+  known = _libc().madvise(page, mmap.PAGESIZE, _MADV_POPULATE_READ) == 0
+  _libc().munmap(page, mmap.PAGESIZE)
+  return known
 
 
 class Buffers:
@@ -78,25 +88,41 @@ class Buffers:
     self._free: dict[Any, list[tuple[np.ndarray, list[jax.Array]]]] = {}
     self._lock = threading.Lock()
 
-  def take(
-    self, shape: tuple[int, ...], dtype: np.dtype, files: Files | None = None
+  def take(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Returns an aligned array to fill; it holds what its last user left."""
+    size = int(np.prod(shape)) * dtype.itemsize
+    view = self._freed((shape, dtype, True), size)
+    return _aligned(size).view(dtype).reshape(shape) if view is None else view
+
+  def take_files(
+    self, shape: tuple[int, ...], dtype: np.dtype, files: Files
   ) -> np.ndarray:
-    """Returns what files hold, read-only, or else an aligned array to fill.
+    """Returns what files hold, read-only: as many at a time as there would be
+    buffers of that shape. What was mapped before stays until JAX, too, has let
+    go of it.
 
     Raises:
       OSError: see `Files.mapped`.
     """
     size = int(np.prod(shape)) * dtype.itemsize
+    self._freed((shape, dtype, False), size)
+    try:
+      return files.mapped(size).view(dtype).reshape(shape)
+    except OSError:
+      with self._lock:
+        self.nbytes -= size
+      raise
+
+  def _freed(self, kind: Any, size: int) -> np.ndarray | None:
+    """Returns an array that was given back, when its memory may be used again;
+    None where there is none, and one more has been counted."""
     with self._lock:
-      free = self._free.setdefault((shape, dtype, files is None), [])
+      free = self._free.setdefault(kind, [])
       view, fence = free.pop(0) if free else (None, [])
       if view is None:
         self.nbytes += size
     jax.block_until_ready(fence)
-    if files is not None:
-      view, fence = None, []  # what was mapped goes before the next is
-      return files.mapped(size).view(dtype).reshape(shape)
-    return _aligned(size).view(dtype).reshape(shape) if view is None else view
+    return view
 
   def give(self, view: np.ndarray, fence: list[jax.Array]) -> None:
     """Takes an array back, for use when `fence` is computed."""
@@ -135,16 +161,6 @@ def _map(begin: int | None, size: int, access: int, flags: int, file: int):
   if address == ctypes.c_void_p(-1).value:
     raise _error()
   return address
-
-
-def _advise(begin: int, size: int, advice: int) -> bool:
-  """Returns whether the system knows this advice."""
-  if not _libc().madvise(begin, size, advice):
-    return True
-  error = _error()
-  if error.errno != errno.EINVAL:
-    raise error
-  return False
 
 
 def _error() -> OSError:

@@ -8,6 +8,8 @@ key waits for the writes to it, and an error in a thread is raised by whoever
 waits for its result.
 """
 
+import math
+import mmap
 import os
 import re
 import shutil
@@ -15,7 +17,6 @@ import uuid
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from mmap import PAGESIZE
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,11 @@ from jax.sharding import Sharding
 from flexjax.config import DISK_CACHE_CHUNK, MAX_DISK_WRITES
 from flexjax.errors import InputError
 from flexjax.tiers.base import At, Pending, Spec, Tier, Value
-from flexjax.tiers.buffers import Buffers, Files
+from flexjax.tiers.buffers import Buffers, Files, can_map
 from flexjax.typing import Key, Piece
 
 _CHUNK_BYTES = 16 * 2**20
+_HUGE_PAGE, _PAGE = 2**21, 2**14  # bytes; of any system that this runs on
 _SCRATCH = re.compile(r'run-([0-9]+)-[0-9a-f]{8}')
 _ROWS_AXIS = -2  # of a cache [B, N, S, H]
 
@@ -108,9 +110,9 @@ class DiskTier(Tier):
       ).result()
       for name, s in spec.items()
     }
-    if lasting and self.unified:
-      for name, s in spec.items():
-        if files := _files_of(folder / name, s):
+    if lasting and self.unified and can_map():
+      for name, array in self._arrays[key].items():
+        if files := _files_of(folder / name, array):
           self._files[key, name] = files
 
   def free(self, key: Key) -> None:
@@ -174,6 +176,7 @@ class DiskTier(Tier):
     """Ends the threads and deletes what belongs to this run."""
     self._readers.shutdown(cancel_futures=True)
     self._writers.shutdown(cancel_futures=True)
+    self._buffers.keep(set())  # mapped files would keep a disk's space
     shutil.rmtree(self.scratch, ignore_errors=True)
 
   def stored_nbytes(self, key: Key, rows: int | None = None) -> int:
@@ -189,12 +192,13 @@ class DiskTier(Tier):
     try:
       for name, array in self._arrays[key].items():
         shape = self._shapes.get((key, name), array.shape)
-        files = self._files.get((key, name))
-        view = self._buffers.take(shape, array.dtype.numpy_dtype, files)
-        self.count_host()
-        views[name] = view
-        if files is not None:
+        dtype = array.dtype.numpy_dtype
+        if files := self._files.get((key, name)):
+          views[name] = self._buffers.take_files(shape, dtype, files)
+          self.count_host()
           continue
+        views[name] = view = self._buffers.take(shape, dtype)
+        self.count_host()
         part: Any = ts.d[:][tuple(slice(0, n) for n in shape)]
         target = view
         if rows is not None:
@@ -204,6 +208,10 @@ class DiskTier(Tier):
       for copy in copies:
         copy.result()
     except (OSError, ValueError) as e:  # ValueError: TensorStore's, of a file
+      for copy in copies:
+        copy.exception()  # else it would go on
+      for view in views.values():
+        self._buffers.give(view, [])
       raise _unreadable(self.root, key, e) from None
     return views, jax.device_put(views, self.device)
 
@@ -235,10 +243,9 @@ class _DiskRead:
     if self._future.exception() is not None:
       return  # whoever asked for the result has been told
     views, arrays = self._future.result()
-    # The arrays may be the buffers themselves, so wait for their readers too.
-    fence = [*arrays.values(), *after]
-    for view in views.values():
-      self._buffers.give(view, fence)
+    # An array may be the buffer itself, so wait for its readers too.
+    for name, view in views.items():
+      self._buffers.give(view, [arrays[name], *after])
 
 
 def read_pieces(root: Path, key: Key, spec: Spec) -> Iterator[Piece]:
@@ -253,8 +260,7 @@ def read_pieces(root: Path, key: Key, spec: Spec) -> Iterator[Piece]:
       path = root / _folder_of(key) / name
       about = _array_spec(path, s)
       array = ts.open(about, open=True, context=context).result()
-      grid = about['metadata']['chunk_grid']['configuration']
-      step = grid['chunk_shape'][0]
+      step = _stored_chunk(array)[0]
       for row in range(0, s.shape[0], step):
         end = min(row + step, s.shape[0])
         yield Piece(name, row, array[row:end].read().result())
@@ -270,17 +276,16 @@ def _unreadable(root: Path, key: Key, error: Exception) -> OSError:
   return OSError(f"'{root}': {_folder_of(key)} cannot be read: {error}")
 
 
-def _files_of(path: Path, spec: jax.ShapeDtypeStruct) -> Files | None:
+def _files_of(path: Path, array: ts.TensorStore) -> Files | None:
   """Returns the files of an array's rows, where they can lie in memory one
   after the other: each as whole pages."""
-  chunk = _chunk_of(spec)
-  each = int(np.prod(chunk)) * np.dtype(spec.dtype).itemsize
-  count = -(-spec.shape[0] // chunk[0])
-  if chunk[1:] != spec.shape[1:] or not each or (count > 1 and each % PAGESIZE):
+  chunk = _stored_chunk(array)
+  each = int(np.prod(chunk)) * array.dtype.numpy_dtype.itemsize
+  count = -(-array.shape[0] // chunk[0])
+  if chunk[1:] != array.shape[1:] or (count > 1 and each % mmap.PAGESIZE):
     return None
-  rest = ['0'] * (len(chunk) - 1)
-  paths = [path.joinpath('c', str(n), *rest) for n in range(count)]
-  return Files(paths, each)
+  names = ['0'] * len(chunk[1:])
+  return Files([path.joinpath('c', str(n), *names) for n in range(count)], each)
 
 
 def _array_spec(path: Path, spec: jax.ShapeDtypeStruct) -> dict[str, Any]:
@@ -290,11 +295,11 @@ def _array_spec(path: Path, spec: jax.ShapeDtypeStruct) -> dict[str, Any]:
     'metadata': {
       'shape': list(spec.shape),
       'data_type': np.dtype(spec.dtype).name,
-      'chunk_grid': {
-        'name': 'regular',
-        'configuration': {'chunk_shape': list(_chunk_of(spec))},
-      },
       'codecs': [{'name': 'bytes', 'configuration': {'endian': 'little'}}],
+    },
+    # Of an array that is new.
+    'schema': {
+      'chunk_layout': {'chunk': {'shape_soft_constraint': _chunk_of(spec)}}
     },
     # Else a lost chunk reads as zeros, and zeros are not written.
     'fill_missing_data_reads': False,
@@ -302,15 +307,31 @@ def _array_spec(path: Path, spec: jax.ShapeDtypeStruct) -> dict[str, Any]:
   }
 
 
-def _chunk_of(spec: jax.ShapeDtypeStruct) -> tuple[int, ...]:
+def _chunk_of(spec: jax.ShapeDtypeStruct) -> list[int]:
   """Returns the shape of a file's part of an array: some of a matrix's rows, or
-  of all rows of a cache some."""
-  shape, cached = spec.shape, len(spec.shape) > 3
-  axis = len(shape) + _ROWS_AXIS if cached else 0
-  row = int(np.prod(shape)) * np.dtype(spec.dtype).itemsize // shape[axis]
+  of all rows of a cache some.
+
+  Of a matrix's as many as fill large pages, or else small ones, so that its
+  files can be mapped one after the other.
+  """
+  chunk, cached = list(spec.shape), len(spec.shape) > 3
+  axis = len(chunk) + _ROWS_AXIS if cached else 0
+  row = int(np.prod(chunk)) * np.dtype(spec.dtype).itemsize // chunk[axis]
   target = DISK_CACHE_CHUNK if cached else _CHUNK_BYTES
-  rows = min(shape[axis], max(1, target // row))
-  return (*shape[:axis], rows, *shape[axis + 1 :])
+  rows = max(1, target // row)
+  for page in () if cached else (_HUGE_PAGE, _PAGE):
+    whole = page // math.gcd(row, page)  # the fewest rows that fill pages
+    if whole <= rows:
+      rows -= rows % whole
+      break
+  chunk[axis] = min(chunk[axis], rows)
+  return chunk
+
+
+def _stored_chunk(array: ts.TensorStore) -> tuple[int, ...]:
+  """Returns the shape of what a file of an array holds."""
+  shape: Any = array.chunk_layout.read_chunk.shape
+  return shape
 
 
 def _is_running(pid: int) -> bool:

@@ -1,6 +1,5 @@
 """Files are used where they lie, and memory only when nobody needs it."""
 
-import errno
 import gc
 import mmap
 import sys
@@ -18,6 +17,7 @@ from flexjax.tiers.buffers import Buffers, Files
 from flexjax.tiers.disk import DiskTier
 
 FLOAT32 = np.dtype(np.float32)
+HUGE = buffers._MADV_HUGEPAGE
 linux = pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
 
 
@@ -73,18 +73,27 @@ def test_damaged_files_are_an_error_and_nothing_stays(
   assert not is_mapped(files.paths[0])
 
 
-@pytest.mark.parametrize('number', [errno.EINVAL, errno.EFAULT])
-def test_a_system_that_cannot_read_ahead(tmp_path, monkeypatch, number):
-  """It may not know how, and then reads later; or the disk may fail."""
+def test_a_disk_that_fails_is_an_error(tmp_path, monkeypatch):
   files, content = make_files(tmp_path, 2)
-  error = OSError(number, 'of the system')
-  monkeypatch.setattr(buffers, '_error', lambda: error)
-  monkeypatch.setattr(buffers, '_MADV_POPULATE_READ', 12345)
-  if number == errno.EINVAL:
-    np.testing.assert_array_equal(files.mapped(len(content)), content)
-  else:
-    with pytest.raises(OSError, match='of the system'):
-      files.mapped(len(content))
+  read_in = buffers._libc().madvise
+
+  class Failing:
+    mmap, munmap = buffers._libc().mmap, buffers._libc().munmap
+
+    def madvise(self, begin, size, advice):
+      return read_in(begin, size, advice if advice == HUGE else 12345)
+
+  monkeypatch.setattr(buffers, '_libc', Failing)
+  with pytest.raises(OSError, match='Invalid argument'):
+    files.mapped(len(content))
+  monkeypatch.undo()
+  np.testing.assert_array_equal(files.mapped(len(content)), content)
+
+
+def test_large_pages_are_no_need(tmp_path, monkeypatch):
+  files, content = make_files(tmp_path, 2)
+  monkeypatch.setattr(buffers, '_MADV_HUGEPAGE', 12345)
+  np.testing.assert_array_equal(files.mapped(len(content)), content)
 
 
 def test_what_is_given_back_is_taken_again(tmp_path):
@@ -97,12 +106,11 @@ def test_what_is_given_back_is_taken_again(tmp_path):
   assert room.take((4, 8), FLOAT32) is first
   files, _ = make_files(tmp_path, 1, 128)
   room.give(other, [])
-  mapped = room.take((4, 8), FLOAT32, files)
+  mapped = room.take_files((4, 8), FLOAT32, files)
   assert not mapped.flags.writeable
   assert room.nbytes == 384
   room.give(mapped, [])
-  del mapped
-  room.take((4, 8), FLOAT32, files)
+  room.take_files((4, 8), FLOAT32, files)
   assert room.take((4, 8), FLOAT32) is other
   assert room.nbytes == 384
 
@@ -115,13 +123,28 @@ def test_what_was_mapped_goes_before_the_next_is(tmp_path):
   old, _ = make_files(tmp_path / 'a', 1)
   new, _ = make_files(tmp_path / 'b', 1)
   shape = (mmap.PAGESIZE // 4,)
-  room.give(room.take(shape, FLOAT32, old), [])
+  view = room.take_files(shape, FLOAT32, old)
+  array = jax.device_put(view, here())
+  room.give(view, [array])
+  del view, array
   assert is_mapped(old.paths[0])
-  room.take(shape, FLOAT32, new)
+  view = room.take_files(shape, FLOAT32, new)
   assert not is_mapped(old.paths[0])
-  room.give(room.take(shape, FLOAT32, new), [])
+  room.give(view, [])
+  del view
   room.keep({((3,), FLOAT32)})
   assert not is_mapped(new.paths[0])
+  assert room.nbytes == 0
+
+
+def test_what_cannot_be_mapped_takes_no_room(tmp_path):
+  room = Buffers()
+  files, _ = make_files(tmp_path, 1)
+  files.paths[0].unlink()
+  for _ in range(3):
+    with pytest.raises(OSError, match='No such file'):
+      room.take_files((mmap.PAGESIZE // 4,), FLOAT32, files)
+  assert room.nbytes == 0
 
 
 def test_what_waits_of_other_shapes_is_dropped():
@@ -134,33 +157,128 @@ def test_what_waits_of_other_shapes_is_dropped():
   assert room.take((2,), FLOAT32) is kept
 
 
-@linux
-@pytest.mark.parametrize('rows', [1, 3, 8])  # 3: no whole pages, so a copy
-def test_weights_are_used_where_they_lie(tmp_path, monkeypatch, rows):
-  """Of one file, of several with whole pages; copied from others."""
-  width = mmap.PAGESIZE // 4  # half a page
-  monkeypatch.setattr(disk_lib, '_CHUNK_BYTES', rows * 2 * width)
-  if rows == 1:
-    width *= 2
-    monkeypatch.setattr(disk_lib, '_CHUNK_BYTES', 2 * width)
-  shape, dtype = (8, width), ml_dtypes.bfloat16
-  here = SingleDeviceSharding(jax.devices('cpu')[0])
-  tier = DiskTier(tmp_path, here, here)
-  key = ('weights', 0)
-  value = np.random.default_rng(0).normal(size=shape).astype(dtype)
-  tier.allocate(key, {'w': jax.ShapeDtypeStruct(shape, dtype)})
-  tier.write(key, {'w': value})
+def here():
+  return SingleDeviceSharding(jax.devices('cpu')[0])
+
+
+def make_tier(folder, shape, dtype, count=1, names='w', host=None):
+  """A tier with `count` weight groups, and their values."""
+  tier = DiskTier(folder, host or here(), here())
+  rng = np.random.default_rng(0)
+  values = []
+  for n in range(count):
+    values.append({x: rng.normal(size=shape).astype(dtype) for x in names})
+    spec = {x: jax.ShapeDtypeStruct(shape, dtype) for x in names}
+    tier.allocate(('weights', n), spec)
+    tier.write(('weights', n), values[-1])
   tier.wait()
-  files = [p for p in (tmp_path / 'weights.0').rglob('c/**/*') if p.is_file()]
-  assert len(files) == {1: 8, 3: 3, 8: 1}[rows]
-  read = tier.read(key)
+  return tier, values
+
+
+def files_of(folder):
+  return [p for p in folder.rglob('c/**/*') if p.is_file()]
+
+
+def is_among(array, path):
+  """Whether an array's first number lies where a file is mapped."""
+  address = array.unsafe_buffer_pointer()
+  for line in Path('/proc/self/maps').read_text().splitlines():
+    begin, end = (int(x, 16) for x in line.split()[0].split('-'))
+    if begin <= address < end:
+      return line.endswith(str(path))
+  return False
+
+
+@linux
+@pytest.mark.parametrize(
+  ('shape', 'count', 'in_place'),
+  [
+    ((8, 8192), 1, True),  # a file
+    ((45, 8192), 4, True),  # several, the last not full
+    ((4090, 80), 4, True),  # rows that fill pages together: 1024 of 160 bytes
+    ((40, 10007), 5, False),  # rows that never do
+    ((100,), 1, True),
+  ],
+)
+def test_weights_are_used_where_they_lie(
+  tmp_path, monkeypatch, shape, count, in_place
+):
+  monkeypatch.setattr(disk_lib, '_CHUNK_BYTES', 200_000)
+  tier, (value,) = make_tier(tmp_path, shape, ml_dtypes.bfloat16)
+  files = sorted(files_of(tmp_path), key=lambda p: int(p.parts[-len(shape)]))
+  assert len(files) == count
+  read = tier.read(('weights', 0))
   array = read.result()['w']
-  np.testing.assert_array_equal(np.asarray(array), value)
-  assert all(is_mapped(path) == (rows != 3) for path in files)
-  assert tier.host_nbytes == value.nbytes
-  # What is computed with it may end later than whoever gave it back.
-  doubled = jax.jit(lambda w: w + w)(array)
-  read.release([doubled])
-  del array, read
-  np.testing.assert_array_equal(np.asarray(doubled), value + value)
+  np.testing.assert_array_equal(np.asarray(array), value['w'])
+  assert is_among(array, files[0]) == in_place
+  assert all(is_mapped(path) == in_place for path in files)
+  assert tier.host_nbytes == value['w'].nbytes
+  read.release()
+  tier.close()
+  del read, array
+  assert not any(map(is_mapped, files))
+
+
+@linux
+@pytest.mark.parametrize('names', ['w', 'vw'])
+def test_a_file_that_is_computed_with_stays_mapped(tmp_path, names):
+  """Also where its place is given to the next one meanwhile."""
+  tier, values = make_tier(tmp_path, (512, 512), FLOAT32, 2, names)
+  power = jax.jit(
+    lambda w: jax.lax.fori_loop(0, 30, lambda _, x: jax.numpy.tanh(x @ w), w)
+  )
+  one = tier.read(('weights', 0))
+  slow = power(one.result()['w'])
+  one.release([slow])
+  del one
+  other = tier.read(('weights', 1))
+  for name, array in other.result().items():
+    np.testing.assert_array_equal(np.asarray(array), values[1][name])
+  assert slow.is_ready()
+  np.testing.assert_array_equal(slow, power(values[0]['w']))
+  assert not any(map(is_mapped, files_of(tmp_path / 'weights.0')))
+  other.release()
+  assert tier.host_nbytes == len(names) * 2**20
+  tier.close()
+
+
+def test_where_files_are_copied(tmp_path, monkeypatch):
+  """To an accelerator, or on a system that cannot read what it maps in."""
+  pinned = here().with_memory_kind('pinned_host')
+  for folder, host, able in (('a', pinned, True), ('b', here(), False)):
+    monkeypatch.setattr(disk_lib, 'can_map', lambda able=able: able)
+    tier, (value,) = make_tier(tmp_path / folder, (8, 4096), FLOAT32, host=host)
+    array = tier.read(('weights', 0)).result()['w']
+    np.testing.assert_array_equal(np.asarray(array), value['w'])
+    assert not any(map(is_mapped, files_of(tmp_path)))
+    tier.close()
+
+
+@pytest.mark.parametrize('mapped', [True, False])
+def test_reads_that_fail_take_no_room(tmp_path, monkeypatch, mapped):
+  monkeypatch.setattr(disk_lib, 'can_map', lambda: mapped)
+  tier, _ = make_tier(tmp_path, (8, 4096), FLOAT32, names='vw')
+  (tmp_path / 'weights.0' / 'w' / 'c' / '0' / '0').unlink()
+  for _ in range(3):
+    with pytest.raises(OSError, match='cannot be read'):
+      tier.read(('weights', 0)).result()
+  assert tier.host_nbytes <= 2 * 8 * 4096 * 4
+  tier.close()
+
+
+def test_arrays_of_other_chunks_are_read(tmp_path, monkeypatch):
+  """A folder keeps the chunks that it was written with."""
+  shape = (100, 80)
+  monkeypatch.setattr(disk_lib, '_CHUNK_BYTES', 4000)
+  tier, (value,) = make_tier(tmp_path, shape, FLOAT32)
+  tier.close()
+  assert len(files_of(tmp_path)) > 1
+  monkeypatch.undo()
+  tier = DiskTier(tmp_path, here(), here())
+  spec = {'w': jax.ShapeDtypeStruct(shape, FLOAT32)}
+  tier.allocate(('weights', 0), spec)
+  array = tier.read(('weights', 0)).result()['w']
+  np.testing.assert_array_equal(np.asarray(array), value['w'])
+  pieces = list(disk_lib.read_pieces(tmp_path, ('weights', 0), spec))
+  assert len(pieces) == len(files_of(tmp_path))
   tier.close()
