@@ -35,8 +35,8 @@ def losses(
       disks.rows(watch, disk, points.rewritten[-1]) as start,
     ):
       found['host_to_disk'] = _lost(watch, call, start)
-    # A CPU reads files with the cores that it computes with: measured, it was
-    # 0.4 to 1 from one minute to the next.
+    # A CPU copies caches with the cores that it computes with: measured, it
+    # was 0.4 to 1 from one minute to the next.
     found['disk_to_host'] = 1.0
   if disk_dir is not None and not watch.machine.unified:
     with (

@@ -42,9 +42,9 @@ def curves(
   tables `links`, `alone` and `fresh` of a record.
 
   A read ends where a run computes with it. Weights are in the page cache, as in
-  a run whose disk tier fits in it, and got there by being read; what has just
-  been written lies in larger pages, and is read up to twice as fast. What is
-  fresh is a cache, in files of some of its rows.
+  a run whose disk tier fits in it, and got there by being read: the pages that
+  it lies in are of another size than those of what was written. What is fresh
+  is a cache, in files of some of its rows.
 
   Raises:
     InputError: `disk_dir` cannot be written.
