@@ -58,7 +58,7 @@ def replaced(
   number = uuid.uuid5(uuid.NAMESPACE_OID, path.name) if alone else uuid.uuid4()
   new = path.with_name(f'.flexjax-{number.hex}.new')
   if alone:
-    new.unlink(missing_ok=True)  # it may be of someone else
+    new.unlink(missing_ok=True)  # of another user it cannot be opened
   try:
     yield new
     if sync:

@@ -1,11 +1,10 @@
 """A TensorStore on disk: zarr3, uncompressed, read into reused buffers, or used
 where it is mapped.
 
-Hides files, chunks and threads. Weights lie under `weights/` and
-outlive the run; everything else lies in a folder of this run, which goes when
-the tier is closed. Reads and writes run in threads of their own; a read of a
-key waits for the writes to it, and an error in a thread is raised by whoever
-waits for its result.
+Hides files, chunks and threads. Weights outlive the run; everything else lies
+in a folder of this run, which goes when the tier is closed. Reads and writes
+run in threads of their own; a read of a key waits for the writes to it, and an
+error in a thread is raised by whoever waits for its result.
 """
 
 import math
@@ -32,7 +31,7 @@ from flexjax.tiers.buffers import Buffers, Files, can_map
 from flexjax.typing import Key, Piece
 
 _CHUNK_BYTES = 16 * 2**20
-_HUGE_PAGE, _PAGE = 2**21, 2**14  # bytes; of any system that this runs on
+_HUGE_PAGE, _PAGE = 2**21, 2**14  # bytes: pages of 4 or 16 KiB are usual
 _SCRATCH = re.compile(r'run-([0-9]+)-[0-9a-f]{8}')
 _ROWS_AXIS = -2  # of a cache [B, N, S, H]
 
