@@ -40,7 +40,7 @@ check: env-dev
 	$(BIN)/lint-imports
 
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 format: env-dev
 	$(BIN)/ruff format .
