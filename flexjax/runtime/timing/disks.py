@@ -43,7 +43,7 @@ def curves(
 
   A read ends where a run computes with it. Weights are in the page cache, as in
   a run whose disk tier fits in it, and got there by being read: the pages that
-  it lies in are of another size than those of what was written. What is fresh
+  they lie in are of another size than those of what was written. What is fresh
   is a cache, in files of some of its rows.
 
   Raises:
@@ -88,9 +88,7 @@ def _weights_read(
   _read_all(tier, keys, AT_ONCE)  # from the disk; the next one is slow, too
   several = _one_of(watch, tier, keys, AT_ONCE)
   alone = _one_of(watch, tier, keys, 1)
-  for key in keys:
-    tier.free(key)
-    shutil.rmtree(tier.root / '.'.join(map(str, key)))
+  _delete(tier, keys)
   return size, several, alone
 
 
@@ -149,6 +147,7 @@ def _forget(root: Path) -> None:
 
 @contextmanager
 def tier_below(watch: Stopwatch, disk_dir: Path) -> Iterator[DiskTier]:
+  """Yields a tier in a folder of its own, and deletes that afterwards."""
   # Named like a run's scratch: should this process be killed, the next disk
   # tier there deletes it.
   name = f'run-{os.getpid()}-{uuid.uuid4().hex[:8]}'
@@ -189,9 +188,13 @@ def weights(
     return wait
 
   yield start
+  _delete(tier, keys)
+
+
+def _delete(tier: DiskTier, keys: Sequence[Key]) -> None:
+  """Frees weights, which outlive their tier: other sizes would find no room."""
   for key in keys:
     tier.free(key)
-    # Weights outlive their tier: other sizes would not find room.
     shutil.rmtree(tier.root / '.'.join(map(str, key)))
 
 
