@@ -42,7 +42,6 @@ def problem(
     'layers': LAYERS,
     'group_bytes': GROUPS,
     'dtype': 'float32',
-    'cache_itemsize': 4,
     'unified': False,
     'budgets': {'device': device, 'host': host, 'disk': disk},
     'work': Workload(

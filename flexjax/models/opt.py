@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from flexjax.config import ModelConfig
+from flexjax.config import TILE_BYTES, ModelConfig
 from flexjax.typing import Shapes
 
 POSITION_OFFSET = 2  # OPT's position table starts at row 2
@@ -36,6 +36,7 @@ MATRICES = ('qkv', 'out', 'fc1', 'fc2')
 QUERY_CHUNK = 256  # positions; scores beyond it are never held at once
 _SCORE_BYTES = 64 * 2**20  # float32 scores held at once in a prefill
 _FUSED_SIZES = range(8, 129, 8)  # of heads, that cuDNN attends with
+BITS = jnp.dtype('uint16')  # see `as_bits`
 _MASKED = -1e30  # finite: a row that is all padding must not become NaN
 
 
@@ -307,7 +308,8 @@ def attend(
     q: queries [B, N, T, H], already scaled.
     rows: keys and values of the new tokens, each [B, N, T, H].
     cache: keys and values, each [B, N, S, H], of which `position` rows hold
-      tokens, in `q`'s dtype or float32; None where there are none yet.
+      tokens, in `q`'s dtype or float32, or `as_bits` of `q`'s; None where there
+      are none yet.
     start: [B] columns of left padding in each row of the batch.
     position: column of the first new token.
     stored: the new rows as later tokens will read them, where a cache is not
@@ -321,6 +323,9 @@ def attend(
   Returns:
     Attended values [B, N, T, H] in `q`'s dtype; softmax is in float32.
   """
+  if cache is not None and cache['k'].dtype == BITS:
+    assert lift is None, 'only packed keys lack anything'
+    return _attend_bits(q, rows, cache, start, position)
   if cache is not None:
     return _attend_cached(q, rows, cache, start, position, lift)
   _, n, t, h = q.shape
@@ -424,6 +429,51 @@ def _attend_cached(q, rows, cache, start, position, lift):
   x = _product('bnts,bnsh->bnth', old.astype(stored), cache['v'])
   x = x + _product('bnts,bnsh->bnth', new.astype(q.dtype), rows['v'])
   return (x / total)[:, :, :t].astype(q.dtype)
+
+
+def as_bits(x: Array) -> Array:
+  """16-bit numbers as integers of the same bits, for a CPU to keep.
+
+  XLA:CPU copies all of an array of 16-bit numbers into float32 and back to
+  write, or to read, a part of it, and does neither to integers.
+  """
+  return jax.lax.bitcast_convert_type(x, BITS)
+
+
+def of_bits(x: Array, dtype: DTypeLike) -> Array:
+  """Returns what `as_bits` was given."""
+  return jax.lax.bitcast_convert_type(x, dtype)
+
+
+def _attend_bits(q, rows, bits, start, position):
+  """Some heads at a time, whose keys and values become float32 in the CPU's
+  caches: less is read from memory than if they were that there."""
+  b, n, s, h = bits['k'].shape
+  heads = tile_heads(b * n, s * h)
+  wide = jax.tree.map(lambda x: x.astype(jnp.float32), (q, rows))
+
+  def split(x: Array) -> Array:
+    return x.reshape(b * n // heads, heads, 1, *x.shape[2:])
+
+  def one(tile):
+    (q, rows), bits, start = tile
+    cache = {k: of_bits(x, dtype).astype(jnp.float32) for k, x in bits.items()}
+    return _attend_cached(q, rows, cache, start, position, None)
+
+  dtype = q.dtype
+  starts = jnp.repeat(start, n).reshape(-1, heads)
+  x = jax.lax.map(one, (*jax.tree.map(split, (wide, dict(bits))), starts))
+  return x.reshape(q.shape).astype(dtype)
+
+
+def tile_heads(heads: int, numbers: int) -> int:
+  """How many of all heads a CPU attends with at once, as float32: a divisor.
+
+  Args:
+    numbers: of one head's keys, S * H.
+  """
+  most = max(1, TILE_BYTES // (4 * numbers))
+  return next(n for n in range(min(heads, most), 0, -1) if heads % n == 0)
 
 
 def _lifted(spec: str, a: Array, b: Array) -> Array:

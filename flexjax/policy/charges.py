@@ -125,11 +125,10 @@ class Charges:
   def attend_on_host(self) -> float:
     """CPU seconds of decode attention for one layer and batch."""
     problem, hardware = self.problem, self.hardware
-    table = hardware.host_attention
+    dtype, nbytes = problem.cache_dtype, problem.cache_bytes
     if problem.unified:  # the same cores, the same memory
-      table = hardware.decode_attention
-    curve = hardware.of(table, problem.cache_dtype)
-    return curve(problem.cache_bytes)
+      return hardware.of(hardware.decode_attention, dtype)(nbytes)
+    return hardware.host_attend(dtype, nbytes)
 
   def write_rows(self, tier: str, prefill: bool, on_host: bool) -> float:
     """Seconds to put new cache rows in their place, in a tier: the device's,

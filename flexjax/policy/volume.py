@@ -4,7 +4,13 @@ Each formula stands once: the plan and the budget check evaluate these, and the
 runtime reports the same quantities.
 """
 
-from flexjax.config import UNPACKED, ModelConfig, Packing, Workload
+from flexjax.config import (
+  TILE_BYTES,
+  UNPACKED,
+  ModelConfig,
+  Packing,
+  Workload,
+)
 
 _F32 = 4
 SCORE_BYTES = 64 * 2**20  # of float32 scores a prefill holds at once
@@ -50,6 +56,7 @@ def workspace(
   chunk_tokens: int,
   prefill: bool,
   fused: bool = False,
+  tiled: bool = False,
 ) -> int:
   """Bytes a layer function needs beside its inputs: the most of any layer.
 
@@ -61,7 +68,8 @@ def workspace(
   position, four times while it sorts them. A packed cache is expanded whole in
   decode, keys and values, unless attention is `fused` and reads it as it is,
   beside the scores of the whole cache, which are there four times where queries
-  are doubled.
+  are doubled. Where it is `tiled`, keys and values of some heads are expanded
+  at a time.
   """
   d, f = config.hidden_size, config.ffn_size
   columns = work.prompt_len if prefill else 1
@@ -77,6 +85,9 @@ def workspace(
     scores = 4 * rows * config.num_heads * seen * _F32
     if packing.packs and not fused:
       scores += cache_bytes(config, work, UNPACKED, cache_itemsize)
+    if tiled:
+      head = seen * config.head_size * _F32
+      scores += 2 * min(max(TILE_BYTES, head), rows * config.num_heads * head)
   tokens = rows * columns
   attention = tokens * d * (3 * _F32 + 4 * itemsize)
   attention += scores + 3 * everything  # result, rows

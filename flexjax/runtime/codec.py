@@ -34,6 +34,7 @@ class Codec:
     rounding: of new rows of the cache, a key of `ROWS`.
     attended: dtype in which a packed cache is expanded; `dtype` unless given.
     fused: the device runs `quant.kernels`.
+    bits: a CPU keeps a cache that is not packed, as `opt.as_bits`.
   """
 
   def __init__(
@@ -45,10 +46,12 @@ class Codec:
     rounding: str = 'search',
     attended: str | None = None,
     fused: bool = False,
+    bits: bool = False,
   ):
     self.dtype = jnp.dtype(dtype)
     self.packing, self.cache = weights, cache
     self.attended = jnp.dtype(attended or dtype)
+    self._bits = bits
     self._rounding = ROWS[rounding]
     self._head_size = config.head_size
     self.fused = fused and kernels.fits(cache, config.head_size)
@@ -71,6 +74,16 @@ class Codec:
       return jax.lax.optimization_barrier(w)
 
     return {name: one(name, w) for name, w in weights.items()}
+
+  def keep(self, rows: opt.Cache | None) -> opt.Cache | None:
+    """Returns new rows, or none, as a cache that is not packed keeps them."""
+    return jax.tree.map(opt.as_bits, rows) if self._bits else rows
+
+  def kept(self, rows: opt.Cache) -> opt.Cache:
+    """Returns the rows that `keep` was given."""
+    if not self._bits:
+      return rows
+    return {name: opt.of_bits(x, self.dtype) for name, x in rows.items()}
 
   def expand_cache(self, cache: opt.Cache) -> dict[str, Array]:
     """Expands keys and values [B, N, S, row_bytes] -> [B, N, S, H]."""

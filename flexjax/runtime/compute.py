@@ -53,7 +53,7 @@ class Compute:
     )
     self.expand = self._jit(codec.expand_weights)
     self.project = self._jit(functools.partial(_project, attention, codec))
-    self.attend = self._jit(opt.attend)
+    self.attend = self._jit(functools.partial(_attend_near, codec))
     self.output = self._jit(functools.partial(_output, attention, codec))
     head = modules['head']
     self.pick = self._jit(functools.partial(_pick, head), ('mode',))
@@ -135,7 +135,8 @@ def _apply(
     # Within the loop over chunks: never more than a layer's needs at a time.
     params = {'params': codec.expand_weights(weights)}
     if waves is None:
-      return module.apply(params, hidden, cache, start, position)
+      out, rows = module.apply(params, hidden, cache, start, position)
+      return out, codec.keep(rows)
     q, rows = module.apply(params, hidden, method='project')
     packed = codec.pack_rows(rows, waves, start, position)
     if cache is not None:
@@ -199,7 +200,12 @@ def _apply_in_place(
 
 def _project(module, codec, weights, hidden):
   params = {'params': codec.expand_weights(weights)}
-  return module.apply(params, hidden, method='project')
+  q, rows = module.apply(params, hidden, method='project')
+  return q, codec.keep(rows)
+
+
+def _attend_near(codec, q, rows, cache, start, position):
+  return opt.attend(q, codec.kept(rows), cache, start, position)
 
 
 def _output(module, codec, weights, hidden, x):

@@ -170,7 +170,7 @@ class Planner:
       layers=layers,
       group_bytes=group_bytes,
       dtype=form.dtype,
-      cache_itemsize=cache_itemsize(form, policy, machine.unified),
+      on_cpu=machine.unified or policy.attention == 'host',
       packing=form.packing,
       cache_packing=packing,
       kept=_waves_bytes(config) if packing.packs else 0,
@@ -316,13 +316,3 @@ def cache_packing(config: ModelConfig, form: Format, policy: Policy) -> Packing:
         f'the cache cannot be stored in {packing.bits} bits: {e}'
       ) from None
   return packing
-
-
-def cache_itemsize(form: Format, policy: Policy, unified: bool) -> int:
-  """Returns the bytes of an element of a cache that is not packed.
-
-  What the CPU attends to is float32: 16 bits take it ten times as long, and
-  writing a row into them as long as copying all.
-  """
-  on_cpu = unified or policy.attention == 'host'
-  return 4 if on_cpu else form.itemsize

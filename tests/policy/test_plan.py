@@ -44,7 +44,6 @@ def problem(
     layers=LAYERS,
     group_bytes=GROUPS,
     dtype='float32',
-    cache_itemsize=4,
     unified=unified,
     budgets={'device': PLENTY, 'host': PLENTY, 'disk': PLENTY, **budgets},
   )

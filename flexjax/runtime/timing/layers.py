@@ -156,39 +156,37 @@ def _packed_curve(watch: Stopwatch, points: Points) -> Curve:
 
 def host_attention(watch: Stopwatch, points: Points) -> dict[str, Curve]:
   """dtype -> bytes of cache in host memory -> seconds on the CPU, with the way
-  there and back that the engine takes; its caches there are float32."""
+  there and back that the engine takes."""
   if watch.machine.unified:
     return {}
   home = watch.machine.cpu
   return {
-    'float32': _decode_curve(
-      watch, 'float32', points.host_caches, home, watch.wall, points.dtypes[0]
-    )
+    dtype: _decode_curve(watch, dtype, points.host_caches, home, watch.wall)
+    for dtype in (*points.dtypes, 'float32')
   }
 
 
 def _decode_curve(
-  watch: Stopwatch,
-  dtype: str,
-  sizes,
-  home: Sharding,
-  clock,
-  queries: str | None = None,
+  watch: Stopwatch, dtype: str, sizes, home: Sharding, clock
 ) -> Curve:
-  """`queries` are the dtype of queries and rows that come from the device and
-  go back to it; None where they are where the cache is."""
+  """Of a cache at `home`: where that is not the device, queries and rows come
+  from there and go back to it. A CPU keeps 16 bits as the engine does."""
   attend, machine = jax.jit(opt.attend), watch.machine
-  there = machine.device if queries else home
+  there = machine.device
+  bits = home == machine.cpu and jnp.dtype(dtype).itemsize == 2
   found = []
   for first, (b, n, s, h) in enumerate(sizes):
     nbytes = 2 * math.prod((b, n, s, h)) * jnp.dtype(dtype).itemsize
     if first and nbytes > watch.room:
       continue
     caches = [
-      {name: watch.numbers((b, n, s, h), dtype, home) for name in 'kv'}
+      {
+        name: watch.numbers((b, n, s, h), dtype, home, bits=bits)
+        for name in 'kv'
+      }
       for _ in range(watch.copies(nbytes))
     ]
-    q = watch.numbers((b, n, 1, h), queries or dtype, there)
+    q = watch.numbers((b, n, 1, h), dtype, there)
     start = watch.integers([0] * b, home)
     position = watch.integers(s, home)
 
