@@ -245,18 +245,22 @@ class Hardware:
       f'{", ".join(table) or "nothing"}'
     )
 
+  def attends_on_host(self, dtype: str) -> bool:
+    """Whether it says how fast the CPU attends to a cache in host memory."""
+    return any(name in self.host_attention for name in _alike(dtype))
+
   def host_attend(self, dtype: str, nbytes: float) -> float:
     """Returns the seconds in which the CPU attends to a cache in host memory.
 
-    As many numbers in 16 bits as in float32 take as long where the record knows
-    but that.
+    In a record that knows float32 alone (none but older ones), as many numbers
+    in 16 bits take as long.
 
     Raises:
-      InputError: it knows nothing of the kind.
+      InputError: it says nothing of any such cache.
     """
     table = self.host_attention
-    if dtype in _16_BIT and set(table) == {'float32'}:
-      return table['float32'](2 * nbytes)
+    if not self.attends_on_host(dtype) and 'float32' in table:
+      return table['float32'](nbytes * 2)
     return self.of(table, dtype)(nbytes)
 
   def to_json(self) -> dict[str, Any]:

@@ -192,7 +192,7 @@ class Planner:
     for form, cache_bits, attention in itertools.product(
       self.forms, bits, attentions
     ):
-      if self._makes_sense(cache_bits, attention):
+      if self._makes_sense(form, cache_bits, attention):
         policy = dataclasses.replace(
           self.policy,
           weight_bits=form.packing.bits,
@@ -212,7 +212,7 @@ class Planner:
     _, group_bytes = _parts(self.config, form)
     return sum(group_bytes) < self.machine.budgets(form)['device']
 
-  def _makes_sense(self, cache_bits: int, attention: str) -> bool:
+  def _makes_sense(self, form: Format, cache_bits: int, attention: str) -> bool:
     if attention == 'host' and cache_bits != 16 and 16 in self.cache_bits:
       return False
     if attention == 'device' or self.policy.attention == 'host':
@@ -220,7 +220,7 @@ class Planner:
     return (
       cache_bits == 16
       and not self.machine.unified
-      and bool(self.hardware.host_attention)
+      and self.hardware.attends_on_host(form.dtype)
       and self.policy.cache in (None, Split(0, 100, 0))
     )
 

@@ -389,18 +389,24 @@ def test_stream_yields_block_by_block(checkpoint):
 
 
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
-def test_half_precision_is_the_same_everywhere(checkpoint, tmp_path, dtype):
+def test_half_precision_is_the_same_everywhere(
+  checkpoint, tmp_path, dtype, shrinking
+):
   c = checkpoint('125m')
-  params = SamplingParams(max_new_tokens=8, ignore_eos=True)
+  params = [
+    SamplingParams(max_new_tokens=8 if n % 3 else 2, ignore_eos=True)
+    for n in range(len(c.prompts))
+  ]
   results = []
   places = {'weights': DISK, 'cache': (0, 50, 50), 'hidden': DISK}
-  for options in ({}, places):
+  on_host = {'attention': 'host', 'cache': HOST}
+  for options in ({}, places, on_host):
     options = {'dtype': dtype, 'batch_size': 3, 'num_batches': 2, **options}
     with flexjax.load(c.path, disk_dir=tmp_path, **options) as llm:
       results.append(tokens(llm.generate(c.prompts, params)))
       [score] = llm.score(c.prompts[2:3])
       assert score.logprobs[1:] == pytest.approx(c.logprobs[2], abs=0.3)
-  assert results[0] == results[1]
+  assert results[0] == results[1] == results[2]
 
 
 def test_bundled_model():
