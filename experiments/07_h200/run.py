@@ -65,6 +65,7 @@ ROWS: dict[str, dict[str, Any]] = {
     'model': 'opt-6.7b', **_HOST, 'batch_size': 48, 'num_batches': 2
   },
   '30b': {'model': 'opt-30b'},
+  '30b-host': {'model': 'opt-30b', 'attention': 'host'},
   '30b-4': {'model': 'opt-30b', **_FOUR},
   '175b-4': {'model': 'opt-175b', **_FOUR},
 }  # fmt: skip
