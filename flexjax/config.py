@@ -14,7 +14,8 @@ from typing import Any
 from flexjax.errors import InputError
 
 MAX_DISK_WRITES = 3  # on their way at once: each holds its rows in memory
-TILE_BYTES = 4 * 2**20  # of keys, as float32, that a CPU attends to at once
+QUERY_CHUNK = 256  # positions whose scores a prefill computes together
+SCORE_BYTES = 64 * 2**20  # of float32 scores that a prefill holds at once
 DISK_CACHE_CHUNK = 2 * 2**20  # bytes of a cache on disk that a row rewrites
 DTYPE_BYTES = {'float32': 4, 'bfloat16': 2, 'float16': 2}
 _UNITS = {'': 1, 'k': 10**3, 'm': 10**6, 'g': 10**9, 't': 10**12}

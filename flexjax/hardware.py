@@ -245,21 +245,17 @@ class Hardware:
       f'{", ".join(table) or "nothing"}'
     )
 
-  def attends_on_host(self, dtype: str) -> bool:
-    """Whether it says how fast the CPU attends to a cache in host memory."""
-    return any(name in self.host_attention for name in _alike(dtype))
-
   def host_attend(self, dtype: str, nbytes: float) -> float:
     """Returns the seconds in which the CPU attends to a cache in host memory.
 
-    In a record that knows float32 alone (none but older ones), as many numbers
-    in 16 bits take as long.
+    In a record that knows float32 alone, as many numbers in 16 bits take as
+    long.
 
     Raises:
       InputError: it says nothing of any such cache.
     """
     table = self.host_attention
-    if not self.attends_on_host(dtype) and 'float32' in table:
+    if 'float32' in table and not any(name in table for name in _alike(dtype)):
       return table['float32'](nbytes * 2)
     return self.of(table, dtype)(nbytes)
 

@@ -42,6 +42,7 @@ def problem(
     'layers': LAYERS,
     'group_bytes': GROUPS,
     'dtype': 'float32',
+    'cache_dtype': 'float32',
     'unified': False,
     'budgets': {'device': device, 'host': host, 'disk': disk},
     'work': Workload(

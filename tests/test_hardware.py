@@ -332,8 +332,8 @@ def test_a_record_that_ships_is_sound(path):
   for dtype in record.mlp:
     for table in record.prefill_attention, record.decode_attention:
       assert record.of(table, dtype)
-  for dtype in record.mlp:
-    assert record.host_attend(dtype, 1e6) > 0
+  # A float16 cache that the CPU attends to is kept in float32.
+  assert 'float32' in record.host_attention
   assert record.device_memory
   assert record.host_memory
   fields = vars(record).values()
@@ -345,20 +345,6 @@ def test_a_record_that_ships_is_sound(path):
 
 def fastest(curve):
   return max(x / y for x, y in curve.points)
-
-
-def test_as_many_numbers_in_16_bits_as_in_float32_where_those_are_unknown():
-  old = Hardware.from_json(FIELDS | {'host_attention': {'float32': LINE}})
-  assert old.attends_on_host('float32')
-  assert not old.attends_on_host('float16')
-  assert old.host_attend('float16', 1e6) == old.host_attend('float32', 2e6)
-  new = Hardware.from_json(FIELDS | {'host_attention': {'bfloat16': LINE}})
-  assert new.attends_on_host('float16')
-  assert new.host_attend('float16', 1e6) == old.host_attend('float32', 1e6)
-  none = Hardware.from_json(FIELDS | {'host_attention': {}})
-  assert not none.attends_on_host('float16')
-  with pytest.raises(InputError, match='float16'):
-    none.host_attend('float16', 1e6)
 
 
 @pytest.mark.parametrize('path', RECORDS, ids=lambda path: path.stem)

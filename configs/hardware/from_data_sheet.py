@@ -28,9 +28,8 @@ LINK = 0.80  # pinned memory, either way: 50.7 GB/s
 HOST_ROWS = 0.45  # of what the link reaches: 352 MB x 2 in 30 ms, LOG.md
 
 # Bytes/s of a float32 cache that each core beside an H200 attends to: 103 GB/s
-# by 16 cores. In 16 bits it attends to as many numbers (on two other cores
-# measured: 7.0e9 a second, 5.9e9 in float32).
-HOST = 6.4e9
+# by 16 cores. A second it attends to so many of the numbers in bfloat16, too.
+HOST, HALVES = 6.4e9, 0.8
 
 # 32 TFLOP/s at head size 128, of 4 H FLOP a score; float32 scores pass through
 # memory, so it goes with that: 0.6 bytes for each element of a head.
@@ -113,8 +112,9 @@ class Machine:
       },
       decode_attention={self.dtype: _line(BYTES, LAUNCH, CACHE * self.memory)},
       host_attention={
+        # What the CPU attends to in float16 is kept in float32.
         'float32': _line(BYTES, HOST_CALL, self.host_rate),
-        self.dtype: _line(BYTES, HOST_CALL, self.host_rate / 2),
+        'bfloat16': _line(BYTES, HOST_CALL, HALVES * self.host_rate / 2),
       },
       expand={
         str(bits): _line(NUMBERS, LAUNCH, part * self.memory / _moved(bits))

@@ -107,7 +107,7 @@ def init(config: ModelConfig, seed: int) -> tuple:
 
 
 def attend(q: Array, rows: Array) -> Array:
-  """Causal attention without padding or cache; as `opt.attend`, all at once."""
+  """As `models.attention.attend`, without padding or cache, all at once."""
   t = q.shape[2]
   s = jnp.einsum('bnth,bnsh->bnts', q, rows[0])
   s = jnp.where(jnp.tri(t, dtype=bool), s.astype(jnp.float32), -1e30)

@@ -1,18 +1,17 @@
-"""How fast does a CPU attend to a cache, by how its numbers are kept?
+"""How fast does a CPU attend to a cache, by the numbers that it holds?
 
-One decode step's attention to keys and values of one layer and batch, by the
-function that a run uses: in float32, in bfloat16 as XLA:CPU takes it, and in
-bfloat16 kept as integers, which become float32 some heads at a time. Where
-there is an accelerator, once more beside copies from host memory to it.
+One decode step's attention to keys and values of one layer and batch, and the
+write of a row into them, by the functions that a run uses. Where there is an
+accelerator, attention once more beside copies from host memory to it.
 """
 
-import functools
 import itertools
+import resource
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +19,10 @@ import numpy as np
 from absl import app, flags
 
 from experiments import common
-from flexjax.models import opt
+from flexjax.models import attention
 from flexjax.runtime import devices
+from flexjax.runtime.compute import CACHE_AXIS
+from flexjax.tiers.base import make_updater
 
 HERE = Path(__file__).parent
 _RESULTS = flags.DEFINE_string(
@@ -31,54 +32,68 @@ _COMMIT = flags.DEFINE_string('commit', '', 'Commit that is measured.')
 _TURNS = flags.DEFINE_integer('turns', 12, 'Of which medians are written.')
 _SMALL = flags.DEFINE_bool('small', False, 'Sizes for trying the script.')
 
-# B, N, S, H: batches of OPT-30B, OPT-6.7B and OPT-1.3B.
+# B, N, S, H: batches of OPT-30B, OPT-6.7B, OPT-1.3B and OPT-350M.
 SHAPES = ((10, 56, 544, 128), (80, 56, 544, 128), (16, 32, 544, 128),
-          (16, 32, 160, 64))  # fmt: skip
+          (16, 32, 160, 64), (8, 16, 320, 64), (16, 16, 543, 64))  # fmt: skip
+DTYPES = ('float32', 'bfloat16', 'float16')
 COLD_BYTES = 2**28  # of caches that are taken in turn, so that none is cached
 COPIES, COPY_BYTES = 8, 2**28
-TILES = (1, 2, 4, 8, 16, 32, 64)  # MiB
 
 
-def kept(kind: str, x: jax.Array) -> jax.Array:
-  if kind == 'float32':
-    return x.astype(jnp.float32)
-  return x if kind == 'bfloat16' else opt.as_bits(x)
+class Turns(NamedTuple):
+  """Milliseconds of calls, and pages that the system had to find for one."""
+
+  fastest: float
+  median: float
+  faults: int
 
 
-def seconds(call: Callable[[int], Any], before: Callable[[], Any]) -> float:
-  """Median seconds of a call begun after `before`, not waiting for that."""
-  found = []
+def time_turns(call: Callable[[int], Any], before=lambda: None) -> Turns:
+  """Times calls begun after `before`, not waiting for that."""
+  found, faults = [], []
   for turn in range(_TURNS.value + 1):
     under_way = before()
+    known = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     began = time.perf_counter()
     jax.block_until_ready(call(turn))
-    found.append(time.perf_counter() - began)
+    found.append(1e3 * (time.perf_counter() - began))
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - known)
     jax.block_until_ready(under_way)
-  return statistics.median(found[1:])  # the first compiles
+  del found[0], faults[0]  # the first compiles
+  return Turns(
+    min(found), statistics.median(found), round(statistics.median(faults))
+  )
 
 
-def attend(kind: str, shape: tuple[int, int, int, int], cpu) -> Callable:
-  """Returns a call that attends to one of some caches."""
-  b, n, s, h = shape
-  half = b * n * s * h * (4 if kind == 'float32' else 2)
-  rng = np.random.default_rng(0)
-  draws = rng.normal(size=(n, s, h)).astype(jnp.bfloat16)
-  numbers = jax.device_put(np.broadcast_to(draws, shape), cpu)
-  make = jax.jit(functools.partial(kept, kind))
-  caches = [
-    {'k': make(numbers), 'v': make(numbers)}
-    for _ in range(max(1, -(-COLD_BYTES // (2 * half))))
-  ]
-  q = jax.device_put(np.ones((b, n, 1, h), jnp.bfloat16), cpu)
-  start = jax.device_put(np.zeros(b, np.int32), cpu)
-  position = jax.device_put(np.int32(s - 1), cpu)
-  function = jax.jit(lambda *args: opt.attend(*args))
+class Attention:
+  """Attention to some caches of a shape in turn, and writes into them."""
 
-  def call(turn: int) -> jax.Array:
-    cache = caches[turn % len(caches)]
-    return function(q, {'k': q, 'v': q}, cache, start, position)
+  def __init__(self, dtype: str, shape: tuple[int, int, int, int], cpu):
+    b, n, s, h = shape
+    nbytes = 2 * int(np.prod(shape)) * jnp.dtype(dtype).itemsize
+    draws = np.random.default_rng(0).normal(size=(n, s, h)).astype(dtype)
+    draws = np.broadcast_to(draws, shape)
+    self.caches = [
+      {name: jax.device_put(draws, cpu) for name in 'kv'}
+      for _ in range(max(1, -(-COLD_BYTES // nbytes)))
+    ]
+    one = jax.device_put(np.ones((b, n, 1, h), dtype), cpu)
+    self.rows = {'k': one, 'v': one}
+    self.start = jax.device_put(np.zeros(b, np.int32), cpu)
+    self.position = jax.device_put(np.int32(s - 1), cpu)
+    self._attend = jax.jit(attention.attend)
+    self._update = make_updater(CACHE_AXIS)
 
-  return call
+  def attend(self, turn: int) -> jax.Array:
+    cache = self.caches[turn % len(self.caches)]
+    return self._attend(
+      self.rows['k'], self.rows, cache, self.start, self.position
+    )
+
+  def write(self, turn: int) -> dict[str, jax.Array]:
+    at = turn % len(self.caches)
+    self.caches[at] = self._update(self.caches[at], self.rows, self.position)
+    return self.caches[at]
 
 
 def main(argv):
@@ -93,24 +108,25 @@ def main(argv):
     return [jax.device_put(x, machine.device) for x in far]
 
   shapes = ((2, 4, 24, 8),) if _SMALL.value else SHAPES
-  kinds = [('float32', 0), ('bfloat16', 0), *(('bits', t) for t in TILES)]
-  for shape, (kind, tile) in itertools.product(shapes, kinds):
-    opt.TILE_BYTES = tile * 2**20
-    call = attend(kind, shape, machine.cpu)
-    alone = seconds(call, lambda: None)
-    beside = seconds(call, copies) if far else None
+  for shape, dtype in itertools.product(shapes, DTYPES):
+    measured = Attention(dtype, shape, machine.cpu)
+    alone = time_turns(measured.attend)
+    beside = time_turns(measured.attend, copies).median if far else None
     numbers = 2 * int(np.prod(shape))
     common.append(
       _RESULTS.value,
       {
         'machine': machine.platform,
+        'jax': jax.__version__,
         'commit': _COMMIT.value,
         'shape': 'x'.join(map(str, shape)),
-        'kind': kind,
-        'tile_mib': tile or '',
-        'ms': round(1e3 * alone, 3),
-        'numbers_per_ns': round(numbers / alone / 1e9, 2),
-        'beside_copies_ms': round(1e3 * beside, 3) if beside else '',
+        'dtype': dtype,
+        'ms': round(alone.median, 3),
+        'fastest_ms': round(alone.fastest, 3),
+        'faults': alone.faults,
+        'numbers_per_ns': round(numbers / alone.median / 1e6, 2),
+        'beside_copies_ms': round(beside, 3) if beside else '',
+        'write_ms': round(time_turns(measured.write).median, 3),
       },
     )
 

@@ -5,12 +5,10 @@ both charge the same. Amounts of work are those of the layer functions; how
 long an amount takes is the hardware record's business.
 """
 
-from flexjax.config import DISK_CACHE_CHUNK, UNPACKED
+from flexjax.config import DISK_CACHE_CHUNK, QUERY_CHUNK, UNPACKED
 from flexjax.hardware import Hardware
 from flexjax.policy import volume
 from flexjax.policy.problem import Problem
-
-QUERY_CHUNK = 256  # positions whose scores a prefill computes together
 
 
 def computed_scores(prompt_len: int) -> int:

@@ -86,7 +86,6 @@ def working_bytes(problem: Problem, policy: Policy, prefill: bool) -> int:
     chunk_tokens=problem.chunk_tokens,
     prefill=prefill,
     fused=problem.fused,
-    tiled=problem.cache_bits and problem.unified,
   )
   running = ahead(policy) if prefill else run_ahead(problem, policy)
   writing = _attending(running, work.num_batches)

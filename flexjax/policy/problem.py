@@ -27,9 +27,9 @@ class Problem:
     layers: kind and weight groups of every layer, in order.
     group_bytes: bytes of every weight group.
     dtype: of hidden states and of computing.
+    cache_dtype: of a cache that is not packed, and of an expanded one.
     packing, cache_packing: how matrices and the cache are stored.
     unified: host and device are one memory, and reads from it move nothing.
-    on_cpu: the CPU attends to the cache, as it does where memory is unified.
     budgets: bytes of each tier; disk 0 where there is none.
     kept: bytes on the device beside all keys, for as long as the model is.
     spare: bytes of the device that its allocator cannot make use of.
@@ -44,9 +44,9 @@ class Problem:
   layers: Sequence[tuple[str, tuple[int, ...]]]
   group_bytes: Sequence[int]
   dtype: str
+  cache_dtype: str
   unified: bool
   budgets: Mapping[str, int]
-  on_cpu: bool = False
   packing: Packing = UNPACKED
   cache_packing: Packing = UNPACKED
   kept: int = 0
@@ -61,19 +61,9 @@ class Problem:
     return DTYPE_BYTES[self.dtype]
 
   @property
-  def cache_dtype(self) -> str:
-    """What a cache is attended to as: what is packed, on a CPU as float32."""
-    return 'float32' if self.on_cpu and self.cache_packing.packs else self.dtype
-
-  @property
   def cache_itemsize(self) -> int:
-    """Bytes of an element of the cache, or of the expanded one."""
+    """Bytes of an element of the cache that is not packed."""
     return DTYPE_BYTES[self.cache_dtype]
-
-  @property
-  def cache_bits(self) -> bool:
-    """Whether the cache is kept as the bits of 16-bit numbers."""
-    return self.on_cpu and self.itemsize == 2 and not self.cache_packing.packs
 
   @functools.cached_property
   def share(self) -> bool:

@@ -5,7 +5,8 @@ runtime reports the same quantities.
 """
 
 from flexjax.config import (
-  TILE_BYTES,
+  QUERY_CHUNK,
+  SCORE_BYTES,
   UNPACKED,
   ModelConfig,
   Packing,
@@ -13,7 +14,6 @@ from flexjax.config import (
 )
 
 _F32 = 4
-SCORE_BYTES = 64 * 2**20  # of float32 scores a prefill holds at once
 SCORED_BYTES = 64 * 2**20  # of float32 logits that scoring holds at once
 
 
@@ -56,7 +56,6 @@ def workspace(
   chunk_tokens: int,
   prefill: bool,
   fused: bool = False,
-  tiled: bool = False,
 ) -> int:
   """Bytes a layer function needs beside its inputs: the most of any layer.
 
@@ -68,15 +67,14 @@ def workspace(
   position, four times while it sorts them. A packed cache is expanded whole in
   decode, keys and values, unless attention is `fused` and reads it as it is,
   beside the scores of the whole cache, which are there four times where queries
-  are doubled. Where it is `tiled`, keys and values of some heads are expanded
-  at a time.
+  are doubled.
   """
   d, f = config.hidden_size, config.ffn_size
   columns = work.prompt_len if prefill else 1
   everything = work.batch_size * columns * d * itemsize
   if prefill:
     rows = chunk_rows(work.batch_size, columns, chunk_tokens)
-    row_scores = _F32 * config.num_heads * min(columns, 256) * columns
+    row_scores = _F32 * config.num_heads * min(columns, QUERY_CHUNK) * columns
     together = min(rows, max(1, SCORE_BYTES // row_scores))
     scores = 2 * together * row_scores
   else:
@@ -85,9 +83,6 @@ def workspace(
     scores = 4 * rows * config.num_heads * seen * _F32
     if packing.packs and not fused:
       scores += cache_bytes(config, work, UNPACKED, cache_itemsize)
-    if tiled:
-      head = seen * config.head_size * _F32
-      scores += 2 * min(max(TILE_BYTES, head), rows * config.num_heads * head)
   tokens = rows * columns
   attention = tokens * d * (3 * _F32 + 4 * itemsize)
   attention += scores + 3 * everything  # result, rows

@@ -28,7 +28,7 @@ from flexjax.version import VERSION
 
 OnProgress = Callable[[str, int, int], None]
 _log = logging.getLogger(__name__)
-_EDITION = 4  # of what is measured and how: older records are not found
+_EDITION = 5  # of what is measured and how: older records are not found
 _DISK_LINKS = ('disk_to_host', 'host_to_disk')
 
 

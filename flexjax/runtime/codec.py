@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from flexjax.config import ModelConfig, Packing
-from flexjax.models import opt
+from flexjax.models import attention, opt
 from flexjax.quant import groupwise, kernels, keys
 
 # New rows are packed at every step, so their ranges are refined, not searched.
@@ -34,7 +34,6 @@ class Codec:
     rounding: of new rows of the cache, a key of `ROWS`.
     attended: dtype in which a packed cache is expanded; `dtype` unless given.
     fused: the device runs `quant.kernels`.
-    bits: a CPU keeps a cache that is not packed, as `opt.as_bits`.
   """
 
   def __init__(
@@ -46,12 +45,10 @@ class Codec:
     rounding: str = 'search',
     attended: str | None = None,
     fused: bool = False,
-    bits: bool = False,
   ):
     self.dtype = jnp.dtype(dtype)
     self.packing, self.cache = weights, cache
     self.attended = jnp.dtype(attended or dtype)
-    self._bits = bits
     self._rounding = ROWS[rounding]
     self._head_size = config.head_size
     self.fused = fused and kernels.fits(cache, config.head_size)
@@ -75,17 +72,7 @@ class Codec:
 
     return {name: one(name, w) for name, w in weights.items()}
 
-  def keep(self, rows: opt.Cache | None) -> opt.Cache | None:
-    """Returns new rows, or none, as a cache that is not packed keeps them."""
-    return jax.tree.map(opt.as_bits, rows) if self._bits else rows
-
-  def kept(self, rows: opt.Cache) -> opt.Cache:
-    """Returns the rows that `keep` was given."""
-    if not self._bits:
-      return rows
-    return {name: opt.of_bits(x, self.dtype) for name, x in rows.items()}
-
-  def expand_cache(self, cache: opt.Cache) -> dict[str, Array]:
+  def expand_cache(self, cache: attention.Cache) -> dict[str, Array]:
     """Expands keys and values [B, N, S, row_bytes] -> [B, N, S, H]."""
     return {
       name: groupwise.expand(x, self.cache, self._head_size, self.attended)
@@ -93,7 +80,7 @@ class Codec:
     }
 
   def pack_rows(
-    self, rows: opt.Cache, waves: Array, start: Array, position: Array
+    self, rows: attention.Cache, waves: Array, start: Array, position: Array
   ) -> dict[str, Array]:
     """Packs new keys and values [B, N, T, H] -> [B, N, T, row_bytes].
 
@@ -110,7 +97,7 @@ class Codec:
   def attend(
     self,
     q: Array,
-    cache: opt.Cache,
+    cache: attention.Cache,
     waves: Array,
     start: Array,
     position: Array,

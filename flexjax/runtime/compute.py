@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from flexjax.models import opt
+from flexjax.models import attention, opt
 from flexjax.policy import volume
 from flexjax.runtime import sampling
 from flexjax.runtime.codec import Codec
@@ -40,7 +40,6 @@ class Compute:
     self.traces = 0
     self.trace_seconds = 0.0
     modules = {layer.kind: layer.module for layer in layers}
-    attention = modules['attention']
     self._layers = {
       kind: self._jit(
         functools.partial(_apply, module, codec, chunk_tokens), ('reread',)
@@ -49,12 +48,17 @@ class Compute:
       if kind != 'head'
     }
     self._in_place = self._jit(
-      functools.partial(_apply_in_place, attention, codec), donate=(2,)
+      functools.partial(_apply_in_place, modules['attention'], codec),
+      donate=(2,),
     )
     self.expand = self._jit(codec.expand_weights)
-    self.project = self._jit(functools.partial(_project, attention, codec))
-    self.attend = self._jit(functools.partial(_attend_near, codec))
-    self.output = self._jit(functools.partial(_output, attention, codec))
+    self.project = self._jit(
+      functools.partial(_project, modules['attention'], codec)
+    )
+    self.attend = self._jit(opt.attend)
+    self.output = self._jit(
+      functools.partial(_output, modules['attention'], codec)
+    )
     head = modules['head']
     self.pick = self._jit(functools.partial(_pick, head), ('mode',))
     self.score = self._jit(functools.partial(_score, head), ('top',))
@@ -65,7 +69,7 @@ class Compute:
     kind: str,
     weights: dict[str, Array],
     hidden: Array,
-    cache: opt.Cache | None,
+    cache: attention.Cache | None,
     start: Array,
     position: Array,
     waves: Array | None = None,
@@ -88,7 +92,7 @@ class Compute:
     self,
     weights: dict[str, Array],
     hidden: Array,
-    cache: opt.Cache,
+    cache: attention.Cache,
     start: Array,
     position: Array,
     waves: Array | None = None,
@@ -135,8 +139,7 @@ def _apply(
     # Within the loop over chunks: never more than a layer's needs at a time.
     params = {'params': codec.expand_weights(weights)}
     if waves is None:
-      out, rows = module.apply(params, hidden, cache, start, position)
-      return out, codec.keep(rows)
+      return module.apply(params, hidden, cache, start, position)
     q, rows = module.apply(params, hidden, method='project')
     packed = codec.pack_rows(rows, waves, start, position)
     if cache is not None:
@@ -146,7 +149,7 @@ def _apply(
       if reread:
         stored = codec.expand_cache(packed)
         lift = codec.lift(q, waves, start, hidden.shape[1])
-      x = opt.attend(
+      x = attention.attend(
         q, rows, None, start, position, stored, lift, fused=module.fused
       )
     return module.apply(params, hidden, x, method='output'), packed
@@ -170,13 +173,13 @@ def _apply(
 def _attend(codec, q, rows, cache, start, position, waves):
   """New tokens attend to a cache, packed or not, and to themselves."""
   if waves is None:
-    return opt.attend(q, rows, cache, start, position)
+    return attention.attend(q, rows, cache, start, position)
   if codec.fused and q.shape[2] == 1:
     found = codec.attend(q, cache, waves, start, position)
-    return opt.join(q, rows, *found)
+    return attention.join(q, rows, *found)
   past = codec.expand_cache(cache)
   lift = codec.lift(q, waves, start, past['k'].shape[2])
-  return opt.attend(q, rows, past, start, position, None, lift)
+  return attention.attend(q, rows, past, start, position, None, lift)
 
 
 def _apply_in_place(
@@ -200,12 +203,7 @@ def _apply_in_place(
 
 def _project(module, codec, weights, hidden):
   params = {'params': codec.expand_weights(weights)}
-  q, rows = module.apply(params, hidden, method='project')
-  return q, codec.keep(rows)
-
-
-def _attend_near(codec, q, rows, cache, start, position):
-  return opt.attend(q, codec.kept(rows), cache, start, position)
+  return module.apply(params, hidden, method='project')
 
 
 def _output(module, codec, weights, hidden, x):

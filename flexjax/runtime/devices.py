@@ -15,6 +15,13 @@ from typing import Any
 import jax
 from jax.sharding import SingleDeviceSharding
 
+ATTENDED = ('float32', 'bfloat16')[: 1 + (jax.__version_info__ >= (0, 11))]
+"""What a CPU attends to as it is.
+
+Other numbers of 16 bits XLA:CPU converts to float32 and writes down as that,
+all of a cache for a token, which takes ten times as long; before 0.11 bfloat16
+too, and once more to write a row.
+"""
 _GIB = 2**30
 _FUSED_SINCE = 8.0  # compute capability: Ampere
 _FRACTION = 'XLA_CLIENT_MEM_FRACTION'

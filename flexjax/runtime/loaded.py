@@ -273,7 +273,6 @@ class LoadedModel:
       form.rounding,
       self.plan.problem.cache_dtype,
       m.fused,
-      self.plan.problem.cache_bits,
     )
     self.compute = Compute(layers, codec, m.chunk_tokens)
     self.engine = Engine(
@@ -331,8 +330,6 @@ class LoadedModel:
     work, config = plan.problem.work, self.source.config
     problem = plan.problem
     size, dtype = config.head_size, jnp.dtype(problem.cache_dtype)
-    if problem.cache_bits:
-      dtype = opt.BITS
     if (packing := plan.problem.cache_packing).packs:
       size, dtype = packing.row_bytes(size, dtype.itemsize), np.dtype(np.uint8)
     cache = jax.ShapeDtypeStruct(

@@ -19,6 +19,7 @@ from flexjax.policy.plan import Plan, resolve
 from flexjax.policy.problem import Problem
 from flexjax.policy.search import Request, Variant
 from flexjax.quant import kernels, keys
+from flexjax.runtime import devices
 from flexjax.runtime.formats import Format
 from flexjax.runtime.ranking import Ranker
 from flexjax.runtime.simulate import Prediction, predict
@@ -170,7 +171,7 @@ class Planner:
       layers=layers,
       group_bytes=group_bytes,
       dtype=form.dtype,
-      on_cpu=machine.unified or policy.attention == 'host',
+      cache_dtype=cache_dtype(form.dtype, policy, machine.unified),
       packing=form.packing,
       cache_packing=packing,
       kept=_waves_bytes(config) if packing.packs else 0,
@@ -192,7 +193,7 @@ class Planner:
     for form, cache_bits, attention in itertools.product(
       self.forms, bits, attentions
     ):
-      if self._makes_sense(form, cache_bits, attention):
+      if self._makes_sense(cache_bits, attention):
         policy = dataclasses.replace(
           self.policy,
           weight_bits=form.packing.bits,
@@ -212,7 +213,7 @@ class Planner:
     _, group_bytes = _parts(self.config, form)
     return sum(group_bytes) < self.machine.budgets(form)['device']
 
-  def _makes_sense(self, form: Format, cache_bits: int, attention: str) -> bool:
+  def _makes_sense(self, cache_bits: int, attention: str) -> bool:
     if attention == 'host' and cache_bits != 16 and 16 in self.cache_bits:
       return False
     if attention == 'device' or self.policy.attention == 'host':
@@ -220,7 +221,7 @@ class Planner:
     return (
       cache_bits == 16
       and not self.machine.unified
-      and self.hardware.attends_on_host(form.dtype)
+      and bool(self.hardware.host_attention)
       and self.policy.cache in (None, Split(0, 100, 0))
     )
 
@@ -316,3 +317,10 @@ def cache_packing(config: ModelConfig, form: Format, policy: Policy) -> Packing:
         f'the cache cannot be stored in {packing.bits} bits: {e}'
       ) from None
   return packing
+
+
+def cache_dtype(dtype: str, policy: Policy, unified: bool) -> str:
+  """Returns what a cache that is not packed is kept in: what computing is, or
+  float32 where a CPU would be slow to attend to that."""
+  on_cpu = unified or policy.attention == 'host'
+  return 'float32' if on_cpu and dtype not in devices.ATTENDED else dtype

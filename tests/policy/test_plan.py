@@ -44,6 +44,7 @@ def problem(
     layers=LAYERS,
     group_bytes=GROUPS,
     dtype='float32',
+    cache_dtype='float32',
     unified=unified,
     budgets={'device': PLENTY, 'host': PLENTY, 'disk': PLENTY, **budgets},
   )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from flexjax.config import Packing
-from flexjax.models import opt
+from flexjax.models import attention
 from flexjax.quant import groupwise, kernels
 
 INTERPRET = jax.default_backend() == 'cpu'
@@ -92,7 +92,9 @@ def test_a_prompt_of_padding_alone_gets_the_new_token():
   found = kernels.attend(
     q[:, :, 0], k, v, bias, packing, 'float32', interpret=INTERPRET
   )
-  np.testing.assert_allclose(opt.join(q, rows, *found), rows['v'], rtol=1e-6)
+  np.testing.assert_allclose(
+    attention.join(q, rows, *found), rows['v'], rtol=1e-6
+  )
 
 
 def test_a_new_token_joins_what_the_cache_gave():
@@ -109,9 +111,9 @@ def test_a_new_token_joins_what_the_cache_gave():
     q[:, :, 0], k, v, bias, packing, 'float32', interpret=INTERPRET
   )
   cache = dict(zip('kv', plain, strict=True))
-  expected = opt.attend(q, rows, cache, start, jnp.int32(position))
+  expected = attention.attend(q, rows, cache, start, jnp.int32(position))
   np.testing.assert_allclose(
-    opt.join(q, rows, *found), expected, rtol=1e-4, atol=1e-5
+    attention.join(q, rows, *found), expected, rtol=1e-4, atol=1e-5
   )
 
 

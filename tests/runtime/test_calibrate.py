@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from flexjax import hardware
+from flexjax.config import QUERY_CHUNK
 from flexjax.errors import InputError
 from flexjax.hardware import DISPATCHED, Curve, Family, Hardware
-from flexjax.models import opt
 from flexjax.policy.charges import computed_scores
 from flexjax.runtime import calibrate, devices
 from flexjax.runtime.timing import layers
@@ -231,7 +231,7 @@ def test_memories_are_those_of_now(cache, asked, machine):
 
 
 def test_scores_are_those_that_are_computed():
-  c = opt.QUERY_CHUNK
+  c = QUERY_CHUNK
   assert computed_scores(64) == 64 * 64
   assert computed_scores(2 * c) == c * c + c * 2 * c
   assert computed_scores(c + 8) == c * c + 8 * (c + 8)

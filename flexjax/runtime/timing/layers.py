@@ -12,10 +12,10 @@ from jax.sharding import Sharding
 
 from flexjax.config import UNPACKED, ModelConfig, Packing
 from flexjax.hardware import Curve, Family, rising
-from flexjax.models import opt
+from flexjax.models import attention, opt
 from flexjax.policy.charges import computed_scores
 from flexjax.quant import keys
-from flexjax.runtime import sampling
+from flexjax.runtime import devices, sampling
 from flexjax.runtime.codec import Codec
 from flexjax.runtime.compute import Compute
 from flexjax.runtime.timing.points import Points
@@ -91,7 +91,9 @@ def _mlp_bytes(width: int, dtype: str) -> int:
 
 def prefill_attention(watch: Stopwatch, points: Points) -> dict[str, Family]:
   """dtype -> head size -> computed scores -> seconds."""
-  attend = jax.jit(functools.partial(opt.attend, fused=watch.machine.fused))
+  attend = jax.jit(
+    functools.partial(attention.attend, fused=watch.machine.fused)
+  )
 
   def one(dtype: str, b: int, n: int, t: int, h: int) -> tuple[int, float]:
     q, k, v = (watch.numbers((b, n, t, h), dtype) for _ in range(3))
@@ -161,32 +163,35 @@ def host_attention(watch: Stopwatch, points: Points) -> dict[str, Curve]:
     return {}
   home = watch.machine.cpu
   return {
-    dtype: _decode_curve(watch, dtype, points.host_caches, home, watch.wall)
-    for dtype in (*points.dtypes, 'float32')
+    dtype: _decode_curve(
+      watch, dtype, points.host_caches, home, watch.wall, points.dtypes[0]
+    )
+    for dtype in devices.ATTENDED
   }
 
 
 def _decode_curve(
-  watch: Stopwatch, dtype: str, sizes, home: Sharding, clock
+  watch: Stopwatch,
+  dtype: str,
+  sizes,
+  home: Sharding,
+  clock,
+  queries: str | None = None,
 ) -> Curve:
-  """Of a cache at `home`: where that is not the device, queries and rows come
-  from there and go back to it. A CPU keeps 16 bits as the engine does."""
-  attend, machine = jax.jit(opt.attend), watch.machine
-  there = machine.device
-  bits = home == machine.cpu and jnp.dtype(dtype).itemsize == 2
+  """`queries` are the dtype of queries and rows that come from the device and
+  go back to it; None where they are where the cache is."""
+  attend, machine = jax.jit(attention.attend), watch.machine
+  there = machine.device if queries else home
   found = []
   for first, (b, n, s, h) in enumerate(sizes):
     nbytes = 2 * math.prod((b, n, s, h)) * jnp.dtype(dtype).itemsize
     if first and nbytes > watch.room:
       continue
     caches = [
-      {
-        name: watch.numbers((b, n, s, h), dtype, home, bits=bits)
-        for name in 'kv'
-      }
+      {name: watch.numbers((b, n, s, h), dtype, home) for name in 'kv'}
       for _ in range(watch.copies(nbytes))
     ]
-    q = watch.numbers((b, n, 1, h), dtype, there)
+    q = watch.numbers((b, n, 1, h), queries or dtype, there)
     start = watch.integers([0] * b, home)
     position = watch.integers(s, home)
 

@@ -16,7 +16,7 @@ from flexjax.tiers.host import HostTier
 from flexjax.typing import Key
 
 DTYPE = 'bfloat16'
-_ATTENDED = 'uint16'  # of a cache that the CPU attends to: see `opt.as_bits`
+ATTENDED = 'float32'  # of a cache that the CPU attends to
 ROW = 4096  # bytes of a row of what is moved
 AT_ONCE = 3  # reads under way, as with a prefetch depth of two
 _LARGER = 30  # times that a cache is as large as the rows written to it
@@ -72,14 +72,14 @@ def row_write(watch: Stopwatch, points: Points) -> dict[str, Curve]:
   machine = watch.machine
   if machine.unified:  # the same memory, written by the same function
     tier = DeviceTier(machine.device)
-    curve = _write_curve(watch, points, tier, _ATTENDED)
+    curve = _write_curve(watch, points, tier, ATTENDED)
     return {'device': curve, 'host': curve}
   host = HostTier(machine.pinned, machine.device)
   attended = HostTier(machine.cpu, machine.cpu)
   return {
     'device': _write_curve(watch, points, DeviceTier(machine.device), DTYPE),
     'host': _write_curve(watch, points, host, DTYPE),
-    'cpu': _write_curve(watch, points, attended, _ATTENDED),
+    'cpu': _write_curve(watch, points, attended, ATTENDED),
   }
 
 
@@ -89,12 +89,12 @@ def _write_curve(
   key: Key = ('cache', 0, 0)
   found = []
   for first, (b, n, t, h) in enumerate(points.written):
-    nbytes = 2 * b * n * t * h * jnp.dtype(dtype).itemsize  # keys and values
+    nbytes = 2 * b * n * t * h * jnp.dtype(DTYPE).itemsize  # keys and values
     if first and _LARGER * nbytes > watch.room:
       continue
     fill(watch, tier, key, (b, n, _LARGER * t, h), 'kv', dtype)
     # At home already: how they got there is the link's time.
-    rows = {x: watch.numbers((b, n, t, h), dtype, tier.home) for x in 'kv'}
+    rows = {x: watch.numbers((b, n, t, h), DTYPE, tier.home) for x in 'kv'}
 
     def call(turn, rows=rows, t=t):
       # Not the first rows, which a host tier takes in another way.

@@ -17,7 +17,6 @@ import numpy as np
 from jax import Array
 from jax.sharding import Sharding
 
-from flexjax.models.opt import BITS
 from flexjax.runtime.devices import Machine
 
 Call = Callable[[int], Any]
@@ -140,18 +139,10 @@ class Stopwatch:
     return self.numbers(size, 'bfloat16'), jax.jit(lambda x: x @ x)
 
   def numbers(
-    self,
-    shape: Sequence[int],
-    dtype: Any,
-    home: Sharding | None = None,
-    *,
-    bits: bool = False,
+    self, shape: Sequence[int], dtype: Any, home: Sharding | None = None
   ) -> Array:
-    """Returns an array of small numbers, or their `opt.as_bits`, on the device
-    or at `home`."""
+    """Returns an array of small numbers, on the device or at `home`."""
     array = np.resize(_draws(str(jax.numpy.dtype(dtype))), tuple(shape))
-    if bits:
-      array = array.view(BITS)
     return jax.block_until_ready(
       jax.device_put(array, home or self.machine.device)
     )
