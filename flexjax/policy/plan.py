@@ -25,7 +25,7 @@ class Plan:
   Attributes:
     policy: with every split filled in.
     places: tier of every key.
-    peak: most bytes of each tier.
+    peak: most bytes of each tier, with what its allocator cannot make use of.
     placement: achieved fractions, by class and tier.
   """
 
@@ -82,6 +82,12 @@ def evaluate(
   peak[held_by] += MAX_DISK_WRITES * max(written, default=0)
   if not problem.unified:  # what comes from disk passes through host buffers
     peak['host'] += _buffers(problem, policy, places, sizes)
+    pinned = sum(
+      size
+      for key, size in sizes.items()
+      if places[key] == 'host' and key[0] != 'cache'
+    )
+    peak['host'] += cost.pool_spare(problem, policy) * pinned
   return Plan(
     problem=problem,
     policy=policy,

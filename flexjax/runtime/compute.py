@@ -55,7 +55,7 @@ class Compute:
     self.project = self._jit(
       functools.partial(_project, modules['attention'], codec)
     )
-    self.attend = self._jit(opt.attend)
+    self.attend = self._jit(attention.attend)
     self.output = self._jit(
       functools.partial(_output, modules['attention'], codec)
     )
