@@ -28,7 +28,7 @@ LINK = 0.80  # pinned memory, either way: 50.7 GB/s
 HOST_ROWS = 0.45  # of what the link reaches: 352 MB x 2 in 30 ms, LOG.md
 
 # Bytes/s of a float32 cache that each core beside an H200 attends to: 103 GB/s
-# by 16 cores. A second it attends to so many of the numbers in bfloat16, too.
+# by 16 cores. Of as many numbers it attends to so many in bfloat16.
 HOST, HALVES = 6.4e9, 0.8
 
 # 32 TFLOP/s at head size 128, of 4 H FLOP a score; float32 scores pass through
