@@ -347,6 +347,16 @@ def fastest(curve):
   return max(x / y for x, y in curve.points)
 
 
+def test_as_many_numbers_in_16_bits_as_in_float32_where_those_are_unknown():
+  old = Hardware.from_json(FIELDS | {'host_attention': {'float32': LINE}})
+  assert old.host_attend('bfloat16', 1e6) == old.host_attend('float32', 2e6)
+  new = Hardware.from_json(FIELDS | {'host_attention': {'bfloat16': LINE}})
+  assert new.host_attend('bfloat16', 1e6) == old.host_attend('float32', 1e6)
+  none = Hardware.from_json(FIELDS | {'host_attention': {}})
+  with pytest.raises(InputError, match='bfloat16'):
+    none.host_attend('bfloat16', 1e6)
+
+
 @pytest.mark.parametrize('path', RECORDS, ids=lambda path: path.stem)
 def test_no_estimate_is_beyond_the_data_sheet(script, path):
   if path.stem not in script.MACHINES:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from flexjax.config import ModelConfig, Policy, Split, Workload, parse_bytes
 from flexjax.errors import InputError
+from flexjax.policy import cost
 from flexjax.policy.placement import TIERS, total
 from flexjax.policy.plan import evaluate, resolve
 from flexjax.policy.problem import CLASSES, Problem
@@ -181,6 +182,19 @@ def test_host_attention_wants_the_cache_on_the_host():
   assert plan.placement['cache'] == {'device': 0, 'host': 1, 'disk': 0}
   with pytest.raises(InputError, match='cache'):
     Policy(attention='host', cache=Split(50, 50, 0))
+
+
+def test_what_the_cpu_attends_to_lies_beside_a_pool_that_may_double():
+  splits = dict.fromkeys(CLASSES, Split(0, 100, 0))
+  for unified, beside in (False, 1), (True, 0):
+    p = problem(unified=unified)
+    policy = Policy(attention='host', **splits)
+    pinned = [*p.sizes('weights').values(), *p.sizes('hidden').values()]
+    attended = evaluate(p, policy).peak['host']
+    alone = evaluate(p, Policy(**splits)).peak['host']
+    assert attended == alone + beside * sum(pinned)
+    at = {name: {'device': 0, 'host': 1, 'disk': 0} for name in CLASSES}
+    assert cost.peak_bytes(p, policy, at, False)['host'] == attended
 
 
 def test_deeper_prefetch_takes_more():

@@ -7,9 +7,10 @@ import pytest
 
 import flexjax
 from flexjax import hardware
+from flexjax.config import Policy
 from flexjax.errors import InputError
 from flexjax.policy.search import Request, place, search
-from flexjax.runtime import planning
+from flexjax.runtime import devices, planner, planning
 from flexjax.runtime.planner import Planner
 from flexjax.runtime.simulate import predict
 from tests.machines import GIB, machine
@@ -292,6 +293,27 @@ def test_a_cache_for_the_cpu_is_not_packed():
   flags = {'hardware': f'{CONFIGS}/rtx3090.json', 'attention': 'host'}
   choice = planning.plan('opt-6.7b', allow_lossy=True, **flags)
   assert choice.plan.policy.cache_bits == 16
+
+
+@pytest.mark.parametrize(
+  ('dtype', 'attention', 'unified', 'kept'),
+  [
+    ('bfloat16', 'device', False, ('bfloat16', 'bfloat16')),
+    ('bfloat16', 'host', False, ('float32', 'bfloat16')),
+    ('bfloat16', 'device', True, ('float32', 'bfloat16')),
+    ('float16', 'device', False, ('float16', 'float16')),
+    ('float16', 'host', False, ('float32', 'float32')),
+    ('float32', 'host', True, ('float32', 'float32')),
+  ],
+)
+def test_a_cache_for_a_cpu_is_what_that_attends_to(
+  monkeypatch, dtype, attention, unified, kept
+):
+  policy = Policy(attention=attention)
+  both = (('float32',), ('float32', 'bfloat16'))  # jax 0.10, 0.11
+  for attended, expected in zip(both, kept, strict=True):
+    monkeypatch.setattr(devices, 'ATTENDED', attended)
+    assert planner.cache_dtype(dtype, policy, unified) == expected
 
 
 def test_more_batches_than_can_be_planned_for_are_refused():
