@@ -10,8 +10,8 @@ from flexjax import hardware
 from flexjax.config import Policy
 from flexjax.errors import InputError
 from flexjax.policy.search import Request, place, search
-from flexjax.runtime import devices, planner, planning
-from flexjax.runtime.planner import Planner
+from flexjax.runtime import devices, planning
+from flexjax.runtime.planner import Planner, cache_dtype
 from flexjax.runtime.simulate import predict
 from tests.machines import GIB, machine
 
@@ -313,7 +313,7 @@ def test_a_cache_for_a_cpu_is_what_that_attends_to(
   both = (('float32',), ('float32', 'bfloat16'))  # jax 0.10, 0.11
   for attended, expected in zip(both, kept, strict=True):
     monkeypatch.setattr(devices, 'ATTENDED', attended)
-    assert planner.cache_dtype(dtype, policy, unified) == expected
+    assert cache_dtype(dtype, policy, unified) == expected
 
 
 def test_more_batches_than_can_be_planned_for_are_refused():
