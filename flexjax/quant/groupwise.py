@@ -90,12 +90,19 @@ def pack(
 
 
 def expand(
-  packed: Array, packing: Packing, size: int, dtype: DTypeLike
+  packed: Array,
+  packing: Packing,
+  size: int,
+  dtype: DTypeLike,
+  of: DTypeLike | None = None,
 ) -> Array:
-  """Undoes `pack`: uint8 [..., row_bytes] -> [..., size] in `dtype`."""
+  """Undoes `pack`: uint8 [..., row_bytes] -> [..., size] in `dtype`.
+
+  `of` is the type of the numbers that were packed; `dtype` unless given.
+  """
   group = packing.group(size)
   end = size * packing.bits // 8
-  kind = range_dtype(dtype)
+  kind = range_dtype(dtype if of is None else of)
   tail = packed[..., end:].reshape(*packed.shape[:-1], 2, size // group, 2)
   tail = _f32(jax.lax.bitcast_convert_type(tail, kind))
   scale, minimum = tail[..., 0, :, None], tail[..., 1, :, None]

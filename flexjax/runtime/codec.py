@@ -75,7 +75,9 @@ class Codec:
   def expand_cache(self, cache: attention.Cache) -> dict[str, Array]:
     """Expands keys and values [B, N, S, row_bytes] -> [B, N, S, H]."""
     return {
-      name: groupwise.expand(x, self.cache, self._head_size, self.attended)
+      name: groupwise.expand(
+        x, self.cache, self._head_size, self.attended, of=self.dtype
+      )
       for name, x in cache.items()
     }
 

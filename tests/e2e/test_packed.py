@@ -235,6 +235,15 @@ def test_bits_change_the_results(model, prompts, on_device):
   assert stored['rounding'] == 'minmax'
 
 
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+def test_a_packed_cache_in_16_bits(model, prompts, dtype):
+  """A CPU attends to it in float32, whatever was packed."""
+  _, exact, _ = run(model, prompts, dtype=dtype)
+  _, near, _ = run(model, prompts, dtype=dtype, cache_bits=8)
+  assert_close(near, exact, 0.05)
+  assert furthest(near, exact) > 0
+
+
 REFUSED = {
   'host attention': ({'attention': 'host', 'cache_bits': 4}, 'cache_bits'),
   'host attention, 8': ({'attention': 'host', 'cache_bits': 8}, 'cache_bits'),

@@ -23,7 +23,7 @@ DTYPES = {
 EPSILON = 2.0**-24  # half a unit in the last place of float32, relatively
 TINY = 1e-30  # what may be taken for zero
 pack = jax.jit(groupwise.pack, static_argnums=(1, 2))
-expand = jax.jit(groupwise.expand, static_argnums=(1, 2, 3))
+expand = jax.jit(groupwise.expand, static_argnums=(1, 2, 3, 4))
 
 
 def kind_of(dtype):
@@ -329,3 +329,17 @@ def test_largest_float16(bits):
   assert np.isfinite(whole).all()
   bound = 131008 * (0.5 / (2**bits - 1) + 2.0**-11) + 64
   assert np.abs(whole.astype(float) - x).max() <= bound
+
+
+@pytest.mark.parametrize('name', ['bfloat16', 'float16'])
+@pytest.mark.parametrize('bits', [8, 4])
+def test_expanded_to_more_than_was_packed(name, bits):
+  """The numbers are those of what was packed, not yet rounded to it."""
+  packing = Packing(bits, 64)
+  x = np.random.default_rng(0).normal(size=(3, 128)).astype(DTYPES[name])
+  packed = pack(x, packing, MINMAX)
+  wide = np.asarray(expand(packed, packing, 128, 'float32', name))
+  assert wide.dtype == np.float32
+  found = in_groups(wide, packing)
+  values, _ = decoded(np.asarray(packed), packing, 128, kind_of(DTYPES[name]))
+  np.testing.assert_allclose(found, values, rtol=1e-5, atol=1e-6)
