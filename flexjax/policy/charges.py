@@ -132,13 +132,14 @@ class Charges:
     """Seconds to put new cache rows in their place, in a tier: the device's,
     or the CPU's if it attends to the cache."""
     rates = self.hardware.row_write
-    if tier == 'disk':  # copied, so that the device may go on
+    copied = tier == 'disk'  # so that the device may go on
+    if copied:
       tier = 'device'
     if self._pads(tier, prefill, on_host):
       return rates['device'](self.problem.cache_bytes)
     if on_host and not self.problem.unified:
       tier = 'cpu' if 'cpu' in rates else 'host'
-    return rates[tier](self.row_bytes(prefill))
+    return rates[tier](self.row_bytes(prefill, kept=not copied))
 
   def _pads(self, tier: str, prefill: bool, on_host: bool) -> bool:
     """Whether rows are made a whole cache on the device, and sent as that."""
@@ -150,20 +151,22 @@ class Charges:
     """Bytes that cross the link to put new cache rows in their place."""
     if self.problem.work.cache_len and self._pads(tier, prefill, on_host):
       return self.problem.cache_bytes
-    return self.row_bytes(prefill)
+    return self.row_bytes(prefill, kept=tier == 'disk')
 
-  def row_bytes(self, prefill: bool) -> int:
-    """Bytes of the new cache rows of one layer and batch, on their way."""
+  def row_bytes(self, prefill: bool, *, kept: bool) -> int:
+    """Bytes of the new cache rows of one layer and batch: as a layer hands
+    them out, or as the cache keeps them."""
     p, work = self.problem, self.problem.work
     if not work.cache_len:
       return 0
-    size = volume.cache_bytes(p.config, work, p.cache_packing, p.itemsize)
+    itemsize = p.cache_itemsize if kept else p.itemsize
+    size = volume.cache_bytes(p.config, work, p.cache_packing, itemsize)
     return size // work.cache_len * (work.prompt_len if prefill else 1)
 
   def disk_rows(self, prefill: bool) -> float:
     """Seconds of the disk to take new cache rows: to change one, a chunk of
     keys and one of values are read and written."""
-    rows = self.row_bytes(prefill)
+    rows = self.row_bytes(prefill, kept=True)
     if prefill or not rows:
       return self.hardware.link('host_to_disk', rows)
     half = self.problem.cache_bytes // 2

@@ -146,7 +146,8 @@ def pool_spare(problem: Problem, policy: Policy) -> int:
   It grows by regions that double: 49 GiB of weights took 68 (H200). A limit
   keeps it within the budget, but what a CPU attends to lies outside.
   """
-  return int(policy.attention == 'host' and not problem.unified)
+  attended = policy.attention == 'host' and problem.work.cache_len > 0
+  return int(attended and not problem.unified)
 
 
 def sending_bytes(problem: Problem, policy: Policy) -> int:

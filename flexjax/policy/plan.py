@@ -82,12 +82,12 @@ def evaluate(
   peak[held_by] += MAX_DISK_WRITES * max(written, default=0)
   if not problem.unified:  # what comes from disk passes through host buffers
     peak['host'] += _buffers(problem, policy, places, sizes)
-    pinned = sum(
-      size
-      for key, size in sizes.items()
-      if places[key] == 'host' and key[0] != 'cache'
-    )
-    peak['host'] += cost.pool_spare(problem, policy) * pinned
+    if spare := cost.pool_spare(problem, policy):
+      peak['host'] += spare * sum(
+        size
+        for key, size in sizes.items()
+        if places[key] == 'host' and key[0] != 'cache'
+      )
   return Plan(
     problem=problem,
     policy=policy,

@@ -62,7 +62,7 @@ class Problem:
 
   @property
   def cache_itemsize(self) -> int:
-    """Bytes of an element of the cache that is not packed."""
+    """Bytes of an element of a cache that is not packed, or expanded."""
     return DTYPE_BYTES[self.cache_dtype]
 
   @functools.cached_property

@@ -40,6 +40,7 @@ class Compute:
     self.traces = 0
     self.trace_seconds = 0.0
     modules = {layer.kind: layer.module for layer in layers}
+    attends = modules['attention']
     self._layers = {
       kind: self._jit(
         functools.partial(_apply, module, codec, chunk_tokens), ('reread',)
@@ -48,17 +49,12 @@ class Compute:
       if kind != 'head'
     }
     self._in_place = self._jit(
-      functools.partial(_apply_in_place, modules['attention'], codec),
-      donate=(2,),
+      functools.partial(_apply_in_place, attends, codec), donate=(2,)
     )
     self.expand = self._jit(codec.expand_weights)
-    self.project = self._jit(
-      functools.partial(_project, modules['attention'], codec)
-    )
+    self.project = self._jit(functools.partial(_project, attends, codec))
     self.attend = self._jit(attention.attend)
-    self.output = self._jit(
-      functools.partial(_output, modules['attention'], codec)
-    )
+    self.output = self._jit(functools.partial(_output, attends, codec))
     head = modules['head']
     self.pick = self._jit(functools.partial(_pick, head), ('mode',))
     self.score = self._jit(functools.partial(_score, head), ('top',))

@@ -320,7 +320,7 @@ def cache_packing(config: ModelConfig, form: Format, policy: Policy) -> Packing:
 
 
 def cache_dtype(dtype: str, policy: Policy, unified: bool) -> str:
-  """Returns what a cache that is not packed is kept in: what computing is, or
-  float32 where a CPU would be slow to attend to that."""
+  """Returns what a cache is kept in, or expanded to where it is packed: what
+  computing is, or float32 where a CPU would be slow to attend to that."""
   on_cpu = unified or policy.attention == 'host'
   return 'float32' if on_cpu and dtype not in devices.ATTENDED else dtype

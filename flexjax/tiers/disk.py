@@ -178,6 +178,11 @@ class DiskTier(Tier):
     self._buffers.keep(set())  # mapped files would keep a disk's space
     shutil.rmtree(self.scratch, ignore_errors=True)
 
+  def sent_nbytes(self, key: Key, value: Value, at: At | None) -> int:
+    del at  # what the files get, which may be wider than the value
+    spec = self.specs[key]
+    return sum(v.size * spec[name].dtype.itemsize for name, v in value.items())
+
   def stored_nbytes(self, key: Key, rows: int | None = None) -> int:
     nbytes = self._whole.get(key, self.sizes[key])
     if rows is not None:

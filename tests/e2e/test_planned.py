@@ -110,6 +110,15 @@ RUNS = {
     'cache': HOST,
     'attention': 'host',
   },
+  # On a CPU, which may keep wider numbers than a layer hands out.
+  'bfloat16, cache on host': {'cache': HOST, 'dtype': 'bfloat16'},
+  'bfloat16, cache on disk': {'cache': DISK, 'dtype': 'bfloat16'},
+  'float16, all on disk': {
+    'weights': DISK,
+    'cache': DISK,
+    'hidden': DISK,
+    'dtype': 'float16',
+  },
 }
 
 
@@ -134,6 +143,17 @@ def case_places(case):
   split = case.get('cache', DEVICE)
   tiers = zip(('device', 'host', 'disk'), split, strict=True)
   return {tier for tier, part in tiers if part}
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
+def test_a_cache_on_disk_gets_what_it_holds(model, prompts, tmp_path, dtype):
+  options = {**BASE, 'cache': DISK, 'dtype': dtype}
+  _, stats, plan = run(model, prompts[:4], disk_dir=tmp_path, **options)
+  held = sum(plan.problem.sizes('cache').values())
+  assert stats['link_bytes']['host_to_disk'] == held
+  rows = 2 * 4 * (8 + NEW - 1) * SIZES['hidden_size']  # keys, values
+  itemsize = 4 if dtype == 'float16' else plan.problem.cache_itemsize
+  assert held == SIZES['num_hidden_layers'] * rows * itemsize
 
 
 def test_bytes_of_several_blocks(model, prompts, tmp_path):

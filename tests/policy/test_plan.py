@@ -1,5 +1,6 @@
 """Policy and budgets -> places, or a refusal whose advice holds."""
 
+import dataclasses
 import re
 
 import pytest
@@ -195,6 +196,13 @@ def test_what_the_cpu_attends_to_lies_beside_a_pool_that_may_double():
     assert attended == alone + beside * sum(pinned)
     at = {name: {'device': 0, 'host': 1, 'disk': 0} for name in CLASSES}
     assert cost.peak_bytes(p, policy, at, False)['host'] == attended
+  scored = problem(gen_len=1)  # leaves no cache for the CPU
+  assert not scored.work.cache_len
+  host = [
+    evaluate(scored, dataclasses.replace(policy, attention=where)).peak['host']
+    for where in ('host', 'device')
+  ]
+  assert host[0] == host[1]
 
 
 def test_deeper_prefetch_takes_more():

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from flexjax import hardware
-from flexjax.config import QUERY_CHUNK
+from flexjax.config import DTYPE_BYTES, QUERY_CHUNK
 from flexjax.errors import InputError
 from flexjax.hardware import DISPATCHED, Curve, Family, Hardware
 from flexjax.policy.charges import computed_scores
 from flexjax.runtime import calibrate, devices
-from flexjax.runtime.timing import layers
+from flexjax.runtime.timing import layers, links
 from flexjax.runtime.timing.points import points
 from flexjax.runtime.timing.stopwatch import Stopwatch
 
@@ -251,6 +251,26 @@ def test_amounts_rise(platform, quick):
   for sizes in todo.prompts.values():
     scores = [b * n * computed_scores(t) for b, n, t in sizes]
     assert scores == sorted(set(scores))
+
+
+def test_the_cpu_is_timed_with_caches_that_it_attends_to(machine):
+  """Beside an accelerator, as which the CPU itself has to do."""
+  beside = dataclasses.replace(machine, unified=False)
+  todo = dataclasses.replace(points('cpu', True), host_caches=((1, 2, 16, 8),))
+  found = layers.host_attention(Stopwatch(beside, 0.0), todo)
+  assert set(found) == set(devices.ATTENDED)
+  for dtype, curve in found.items():
+    assert [x for x, _ in curve.points] == [512 * DTYPE_BYTES[dtype]]
+  assert layers.host_attention(Stopwatch(machine, 0.0), todo) == {}
+
+
+def test_written_rows_are_counted_as_a_cache_keeps_them(machine):
+  todo = dataclasses.replace(points('cpu', True), written=((1, 2, 4, 8),))
+  found = links.row_write(Stopwatch(machine, 0.0), todo)
+  assert set(found) == {'device', 'host'}
+  for curve in found.values():
+    ((nbytes, _),) = curve.points
+    assert nbytes == 128 * DTYPE_BYTES[devices.ATTENDED[-1]]
 
 
 def test_a_small_device_is_measured_with_little(machine):

@@ -17,7 +17,6 @@ from flexjax.runtime.formats import Format
 from flexjax.runtime.timing import layers
 from flexjax.runtime.timing.links import (
   AT_ONCE,
-  ATTENDED,
   DTYPE,
   ROW,
   Start,
@@ -232,11 +231,12 @@ def row_write(watch: Stopwatch, points: Points, disk_dir: Path) -> Curve:
 def rows(watch: Stopwatch, tier: DiskTier, half: int) -> Iterator[Start]:
   """Caches with keys, and values, of `half` bytes; what starts to write a row
   into several of them."""
-  shape = (8, 8, half // 2**14, 64)  # float32
+  dtype = 'float32'
+  shape = (8, 8, half // 2**14, 64)
   keys: list[Key] = [('cache', 0, n) for n in range(AT_ONCE)]
-  rows = {x: watch.numbers((8, 8, 1, 64), ATTENDED) for x in 'kv'}
+  rows = {x: watch.numbers((8, 8, 1, 64), dtype) for x in 'kv'}
   for key in keys:
-    fill(watch, tier, key, shape, 'kv', ATTENDED)
+    fill(watch, tier, key, shape, 'kv', dtype)
 
   def start():
     for key in keys:

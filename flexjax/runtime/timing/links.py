@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from flexjax.hardware import Curve, rising
+from flexjax.runtime import devices
 from flexjax.runtime.compute import CACHE_AXIS
 from flexjax.runtime.timing.points import Points
 from flexjax.runtime.timing.stopwatch import Stopwatch
@@ -16,7 +17,6 @@ from flexjax.tiers.host import HostTier
 from flexjax.typing import Key
 
 DTYPE = 'bfloat16'
-ATTENDED = 'float32'  # of a cache that the CPU attends to
 ROW = 4096  # bytes of a row of what is moved
 AT_ONCE = 3  # reads under way, as with a prefetch depth of two
 _LARGER = 30  # times that a cache is as large as the rows written to it
@@ -65,21 +65,21 @@ def _one_more(watch: Stopwatch, transfer: Callable[[], object]) -> float:
 
 
 def row_write(watch: Stopwatch, points: Points) -> dict[str, Curve]:
-  """Tier -> bytes of new rows -> seconds of writing them into a cache.
+  """Tier -> bytes that new rows take in a cache -> seconds of writing them.
 
   'cpu' is a cache that the CPU attends to beside an accelerator.
   """
-  machine = watch.machine
+  machine, attended = watch.machine, devices.ATTENDED[-1]
   if machine.unified:  # the same memory, written by the same function
     tier = DeviceTier(machine.device)
-    curve = _write_curve(watch, points, tier, ATTENDED)
+    curve = _write_curve(watch, points, tier, attended)
     return {'device': curve, 'host': curve}
   host = HostTier(machine.pinned, machine.device)
-  attended = HostTier(machine.cpu, machine.cpu)
+  near = HostTier(machine.cpu, machine.cpu)
   return {
     'device': _write_curve(watch, points, DeviceTier(machine.device), DTYPE),
     'host': _write_curve(watch, points, host, DTYPE),
-    'cpu': _write_curve(watch, points, attended, ATTENDED),
+    'cpu': _write_curve(watch, points, near, attended),
   }
 
 
@@ -89,12 +89,12 @@ def _write_curve(
   key: Key = ('cache', 0, 0)
   found = []
   for first, (b, n, t, h) in enumerate(points.written):
-    nbytes = 2 * b * n * t * h * jnp.dtype(DTYPE).itemsize  # keys and values
+    nbytes = 2 * b * n * t * h * jnp.dtype(dtype).itemsize  # keys and values
     if first and _LARGER * nbytes > watch.room:
       continue
     fill(watch, tier, key, (b, n, _LARGER * t, h), 'kv', dtype)
     # At home already: how they got there is the link's time.
-    rows = {x: watch.numbers((b, n, t, h), DTYPE, tier.home) for x in 'kv'}
+    rows = {x: watch.numbers((b, n, t, h), dtype, tier.home) for x in 'kv'}
 
     def call(turn, rows=rows, t=t):
       # Not the first rows, which a host tier takes in another way.
