@@ -28,8 +28,9 @@ LINK = 0.80  # pinned memory, either way: 50.7 GB/s
 HOST_ROWS = 0.45  # of what the link reaches: 352 MB x 2 in 30 ms, LOG.md
 
 # Bytes/s of a float32 cache that each core beside an H200 attends to: 103 GB/s
-# by 16 cores. Of as many numbers it attends to so many in bfloat16.
-HOST, HALVES = 6.4e9, 0.8
+# by 16 cores.
+HOST = 6.4e9
+HALVES = 0.8  # of as many numbers a second in bfloat16, experiment 10
 
 # 32 TFLOP/s at head size 128, of 4 H FLOP a score; float32 scores pass through
 # memory, so it goes with that: 0.6 bytes for each element of a head.

@@ -143,7 +143,7 @@ def pool_spare(problem: Problem, policy: Policy) -> int:
   """Bytes that XLA's pool of pinned memory may take for each that it holds,
   beside that.
 
-  It grows by regions that double: 49 GiB of weights took 68 (H200). A limit
+  It grows by regions that double: 49 GiB of weights took 66 (H200). A limit
   keeps it within the budget, but what a CPU attends to lies outside.
   """
   attended = policy.attention == 'host' and problem.work.cache_len > 0
