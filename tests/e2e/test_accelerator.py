@@ -65,7 +65,7 @@ def test_policies_agree(policy, expected, tmp_path):
     assert mine == pytest.approx(theirs, abs=2e-4)
 
 
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
 @pytest.mark.parametrize('bits', [(4, 16), (16, 4), (4, 4), (8, 8)])
 def test_packed_placements_agree(bits, dtype, tmp_path):
   packed = {'weight_bits': bits[0], 'cache_bits': bits[1], 'dtype': dtype}

@@ -34,10 +34,7 @@ def packed_cache(b, n, columns, size, dtype, packing):
   rows = [draw((b, n, columns, size), dtype, seed) for seed in (1, 2)]
   packed = [groupwise.pack(x, packing, groupwise.MINMAX) for x in rows]
   # The kernel does not round what it expands.
-  wide = 'float16' if dtype == 'float16' else 'float32'
-  plain = [
-    groupwise.expand(x, packing, size, wide).astype(jnp.float32) for x in packed
-  ]
+  plain = [groupwise.expand(x, packing, size, 'float32', dtype) for x in packed]
   return packed, plain
 
 
@@ -77,9 +74,8 @@ def test_attention_is_that_to_the_expanded_cache(shape, group):
   bias = jnp.where(seen[:, None], draw((b, n, columns), 'float32', 3), -1e30)
   found = kernels.attend(q, k, v, bias, packing, dtype, interpret=INTERPRET)
   values = found.values / found.weight[..., None]
-  atol = 2e-3 if dtype == 'float16' else 1e-4
   np.testing.assert_allclose(
-    values, exact(q, *plain, bias), rtol=1e-4, atol=atol
+    values, exact(q, *plain, bias), rtol=1e-4, atol=1e-4
   )
 
 
