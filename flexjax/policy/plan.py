@@ -144,12 +144,13 @@ def _sending(problem, policy, places, sizes) -> int:
 
 
 def _buffers(problem, policy, places, sizes) -> int:
-  """Bytes of the buffers that reads from disk pass through: of every size as
+  """Bytes of the buffers that reads from disk pass through: of every shape as
   many as are ever under way together, because they are kept for the next."""
-  kinds: dict[tuple[str, int], dict[Key, int]] = {}
+  kinds: dict[tuple[str, str], dict[Key, int]] = {}
   for key, place in places.items():
     if place == 'disk':
-      kinds.setdefault((str(key[0]), sizes[key]), {})[key] = sizes[key]
+      kind = str(key[0]), problem.shape_of(key)
+      kinds.setdefault(kind, {})[key] = sizes[key]
   total = 0
   for (name, _), only in kinds.items():
     prompts = name == 'hidden'

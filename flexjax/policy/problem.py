@@ -109,6 +109,19 @@ class Problem:
     }
     return tuple(sizes[kind] for kind, _ in self.layers)
 
+  @functools.cached_property
+  def _parts(self) -> Mapping[Key, str]:
+    """Which part of which kind of layer a weight group is."""
+    parts: dict[Key, str] = {}
+    for kind, groups in self.layers:
+      for n, group in enumerate(groups):
+        parts.setdefault(('weights', group), f'{kind} {n}')
+    return parts
+
+  def shape_of(self, key: Key) -> str:
+    """Returns a name that keys share whose values have the same shapes."""
+    return self._parts.get(key, str(key[0]))
+
   def sizes(self, name: str) -> dict[Key, int]:
     """Bytes of every key of a class, in the order of use."""
     batches = range(self.work.num_batches)

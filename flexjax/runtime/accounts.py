@@ -58,7 +58,7 @@ class Accounts:
     self._cross(i, 'host_to_device', nbytes)
     if place == 'disk':
       self._cross(i, 'disk_to_host', nbytes)
-      self._buffer((str(key[0]), size), 1)
+      self._buffer((self.problem.shape_of(key), size), 1)
     elif self.problem.unified:
       return
     self._lent[key] = (most, size)
@@ -71,7 +71,7 @@ class Accounts:
     nbytes, size = self._lent.pop(key)
     self._free_when_done(nbytes)
     if self.places[key] == 'disk':
-      self._buffer((str(key[0]), size), -1)
+      self._buffer((self.problem.shape_of(key), size), -1)
 
   def put(self, i: int, key: Key, nbytes: float) -> None:
     """A result goes to its tier."""
