@@ -28,6 +28,7 @@ STATS = {
   'link_busy_fraction': None,
   'placement': {'weights', 'cache', 'hidden'},
   'stored': {'dtype', 'weight_bits', 'cache_bits'},
+  'block': {'batch_size', 'num_batches', 'attention'},
   'compilations': None,
   'load_seconds': None,
   'predicted': {

@@ -116,7 +116,8 @@ class Journal:
       ) from None
     size = os.fstat(self._file.fileno()).st_size
     state = _read(self._state)
-    if state is None:
+    aside = self._kept.stat().st_size if self._kept.exists() else 0
+    if state is None or (state['done'] is None and not size + aside):
       if size:
         raise InputError(
           f"'{self.path}' holds something that is not this job's: move it, or "
@@ -132,7 +133,6 @@ class Journal:
         )
     self._size, self._kept_size = state['bytes'], state['kept']
     self._check, self.done = state['check'], state['done']
-    aside = self._kept.stat().st_size if self._kept.exists() else 0
     for file, left, written in (
       (self.path, size, self._size),
       (self._kept, aside, self._kept_size),

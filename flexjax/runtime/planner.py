@@ -134,20 +134,27 @@ class Planner:
   def _choose(self, request: Request, fixed, watched: bool) -> Choice:
     self._check(request)
     variants = self._variants(fixed)
+    if request.gen_len < 2:  # nothing will be attended to a second time
+      near = [v for v in variants if v.policy.attention == 'device']
+      variants = near or variants
     ranked = self.ranker.rank(variants, request, fixed, watched)
     if not ranked:
       plan = self._fallback(request, fixed, watched)
       ranked = [self.ranker.simulate(plan, request, watched)]
     chosen = self.ranker.pick(ranked, request, watched)
+    # A search with a bound begins with one without, and may find the same.
+    others: dict[tuple[Policy, Workload], tuple[Plan, Prediction]] = {}
+    for one in ranked:
+      key = one.plan.policy, one.plan.problem.work
+      others.setdefault(key, (one.plan, one.slowly))
+    del others[chosen.plan.policy, chosen.plan.problem.work]
     return Choice(
       plan=chosen.plan,
       prediction=predict(chosen.plan, self.hardware, watched=watched),
       hardware=self.hardware,
       form=self._form(chosen.plan),
       slowly=chosen.slowly,
-      runners_up=tuple(
-        (one.plan, one.slowly) for one in ranked if one is not chosen
-      ),
+      runners_up=tuple(others.values()),
     )
 
   def _check(self, request: Request) -> None:

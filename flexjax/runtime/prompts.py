@@ -24,11 +24,14 @@ def params_of(
   """Returns the parameters of each prompt, where one may stand for all.
 
   Raises:
-    InputError: there are not as many as prompts.
+    InputError: there are not as many as prompts, or they are none.
   """
   refuse_string(prompts)
   if params is None or isinstance(params, SamplingParams):
     return [params or SamplingParams()] * len(prompts)
+  for one in params:
+    if not isinstance(one, SamplingParams):
+      raise InputError(f'sampling parameters are SamplingParams, not {one!r}')
   if len(params) != len(prompts):
     raise InputError(
       f'{len(params)} sampling parameters for {len(prompts)} prompts'

@@ -93,6 +93,11 @@ class Session:
         **loaded.form.to_json(),
         'cache_bits': loaded.policy.cache_bits,
       },
+      block={
+        'batch_size': loaded.plan.problem.work.batch_size,
+        'num_batches': loaded.plan.problem.work.num_batches,
+        'attention': loaded.plan.policy.attention,
+      },
       allocator_peak_bytes=devices.allocator_peak(loaded.machine),
       predicted={
         **loaded.choice.prediction.to_json(self._blocks),

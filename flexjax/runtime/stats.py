@@ -25,6 +25,7 @@ class Stats:
     allocator_peak_bytes: what the device's own allocator says it held at most
       since the process began; None where it does not say.
     stored: dtype, bits, groups and rounding of weights, bits of the cache.
+    block: batch size, number of batches and place of attention, as planned.
     first_tokens: requests that got a token: what the prefill generated.
     predicted: what the plan expected, if every request got all its tokens: see
       `simulate.Prediction`.
@@ -43,6 +44,7 @@ class Stats:
   compilations: int = 0
   load_seconds: float = 0.0
   stored: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  block: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   first_tokens: int = 0
   allocator_peak_bytes: int | None = None
   predicted: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -74,6 +76,13 @@ class Stats:
     bits = [self.stored.get(f'{n}_bits', 16) for n in ('weight', 'cache')]
     return f'{bits[0]} bits (weights), {bits[1]} bits (cache)'
 
+  def _block(self) -> str:
+    if not self.block:
+      return ''
+    return '{batch_size}x{num_batches}, attention on {attention}'.format(
+      **self.block
+    )
+
   def _predicted(self) -> str:
     if not self.predicted or not self.generated_tokens:
       return ''
@@ -89,6 +98,7 @@ class Stats:
     rows = [
       ('computed in', self.stored.get('dtype', '')),
       ('stored in', self._bits()),
+      ('block', self._block()),
       ('load', f'{self.load_seconds:.2f} s'),
       ('prefill', f'{self.prefill_seconds:.2f} s'),
       ('decode', f'{self.decode_seconds:.2f} s'),
@@ -98,7 +108,7 @@ class Stats:
       ('decode only', f'{self.decode_tokens_per_s:.1f} tokens/s'),
     ]
     if self.scored_tokens:
-      rows[4:] = [('scored', f'{self.scored_tokens} tokens')]
+      rows[5:] = [('scored', f'{self.scored_tokens} tokens')]
     for name, split in self.placement.items():
       parts = (f'{100 * part:.0f} % {tier}' for tier, part in split.items())
       rows.append((f'{name} on', ', '.join(parts)))

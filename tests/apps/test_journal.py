@@ -56,6 +56,17 @@ def test_another_job_is_refused(tmp_path, name):
   assert path.read_text() == '1\n'
 
 
+def test_a_job_that_did_nothing_binds_nobody(tmp_path):
+  path = tmp_path / 'out.jsonl'
+  Journal(path, ABOUT).close()  # and was refused, or stopped
+  other = {**ABOUT, '--seed': 4}
+  journal = Journal(path, other)
+  journal.commit(['1'], 1)
+  journal.close()
+  with pytest.raises(InputError, match='begun with another --seed'):
+    Journal(path, ABOUT)
+
+
 def test_two_jobs_on_one_output_are_refused(tmp_path):
   path = tmp_path / 'out.jsonl'
   journal = Journal(path, ABOUT)

@@ -316,6 +316,22 @@ def test_a_cache_for_a_cpu_is_what_that_attends_to(
     assert cache_dtype(dtype, policy, unified) == expected
 
 
+def test_nothing_is_left_to_the_cpu_where_nothing_is_attended_to():
+  flags = {'hardware': f'{CONFIGS}/t4.json', 'prompt_len': 512}
+  one = planning.plan('opt-6.7b', gen_len=1, **flags)
+  assert one.plan.policy.attention == 'device'
+  asked = planning.plan('opt-6.7b', gen_len=1, attention='host', **flags)
+  assert asked.plan.policy.attention == 'host'
+
+
+def test_no_plan_is_shown_twice():
+  flags = {'hardware': f'{CONFIGS}/t4.json', 'allow_lossy': True}
+  choice = planning.plan('opt-30b', max_latency=60, **flags)
+  shown = [choice.plan, *(plan for plan, _ in choice.runners_up)]
+  assert len(shown) > 3
+  assert len(shown) == len({(p.policy, p.problem.work) for p in shown})
+
+
 def test_more_batches_than_can_be_planned_for_are_refused():
   flags = {'hardware': machine(), 'prompt_len': 16, 'gen_len': 4}
   with pytest.raises(InputError, match='num_batches must be at most 3846'):
