@@ -234,9 +234,12 @@ def _nearest(plan: Plan, policy: Policy, fixed) -> str:
   open_policy = dataclasses.replace(
     policy, weights=None, cache=None, hidden=None
   )
-  if (freed := _fill(problem, open_policy, fixed)).fits:
+  # Where nothing is given, that is what has just been tried.
+  candidates = [policy] if policy == open_policy else [policy, open_policy]
+  least = _fill(problem, open_policy, fixed) if candidates[1:] else plan
+  if least.fits:
     flags = [
-      f'--{name}={",".join(f"{p:g}" for p in getattr(freed.policy, name))}'
+      f'--{name}={",".join(f"{p:g}" for p in getattr(least.policy, name))}'
       for name in CLASSES
       if getattr(policy, name) is not None
     ]
@@ -248,14 +251,13 @@ def _nearest(plan: Plan, policy: Policy, fixed) -> str:
     else:
       work = dataclasses.replace(work, batch_size=work.batch_size // 2)
     smaller = dataclasses.replace(problem, work=work)
-    for candidate in (policy, open_policy):
+    for candidate in candidates:
       if _fill(smaller, candidate, fixed).fits:
         hint = '' if candidate is policy else ' without placement flags'
         return (
           f'--batch_size={work.batch_size} --num_batches={work.num_batches}'
           f'{hint} would fit'
         )
-  least = _fill(problem, open_policy, fixed)
   short = [t for t in TIERS if least.peak[t] > problem.budgets[t]]
   if not problem.budgets['disk'] and problem.disk_flag:
     budgets = {**problem.budgets, 'disk': sum(plan.peak.values())}
