@@ -4,8 +4,10 @@ import dataclasses
 import json
 import logging
 import math
+import time
 from pathlib import Path
 
+import jax
 import pytest
 
 from flexjax import hardware
@@ -14,7 +16,7 @@ from flexjax.errors import InputError
 from flexjax.hardware import DISPATCHED, Curve, Family, Hardware
 from flexjax.policy.charges import computed_scores
 from flexjax.runtime import calibrate, devices
-from flexjax.runtime.timing import layers, links
+from flexjax.runtime.timing import contention, layers, links, stopwatch
 from flexjax.runtime.timing.points import points
 from flexjax.runtime.timing.stopwatch import Stopwatch
 
@@ -285,13 +287,41 @@ def test_a_small_device_is_measured_with_little(machine):
   assert [rows for rows, _ in curve.points] == [1]
 
 
-def test_dispatching_is_hidden_behind_a_head_start(machine):
+def test_dispatching_is_hidden_behind_a_head_start(machine, monkeypatch):
   """What an accelerator is timed by runs on any backend."""
+  monkeypatch.setattr(stopwatch, '_HEAD_START_SIZE', 64)
   other = dataclasses.replace(machine, platform='gpu')
   watch = Stopwatch(other, 0.0)
-  watch._big_product = (watch.numbers((64, 64), 'float32'), lambda x: x @ x)
   x = watch.numbers((8,), 'float32')
   assert watch.on_device(lambda n: x + n) > 0
+
+
+def test_what_compiles_is_not_in_an_accelerators_seconds(machine, monkeypatch):
+  """Where a watch repeats nothing, its first measurement is all it has."""
+  monkeypatch.setattr(stopwatch, '_HEAD_START_SIZE', 8)
+  jit = jax.jit
+
+  def slow_to_compile(function):
+    compiled, waited = jit(function), []
+
+    def call(x):
+      if not waited:
+        waited.append(time.sleep(0.5))
+      return compiled(x)
+
+    return call
+
+  monkeypatch.setattr(jax, 'jit', slow_to_compile)
+  watch = Stopwatch(dataclasses.replace(machine, platform='gpu'), 0.0)
+  assert watch.on_device(lambda n: time.sleep(0.01)) > 1e-3
+
+
+def test_computing_beside_a_transfer_comes_to_an_end(machine, monkeypatch):
+  """Also where a call seems to take no time, so that any number would fit."""
+  watch, calls = Stopwatch(machine, 0.0), []
+  monkeypatch.setattr(watch, 'on_device', lambda call: 1e-7)
+  contention._lost(watch, calls.append, lambda: lambda: time.sleep(0.01))
+  assert len(calls) == 2 * contention._TURNS * contention._MOST_CALLS
 
 
 def test_the_record_is_plain_json(measured):

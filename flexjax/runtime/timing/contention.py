@@ -14,6 +14,7 @@ from flexjax.runtime.timing.stopwatch import Stopwatch
 from flexjax.tiers.host import HostTier
 
 _TURNS = 7  # runs of which the median counts
+_MOST_CALLS = 2000  # of a layer, beside a transfer that takes no end
 
 
 def losses(
@@ -76,7 +77,7 @@ def _host_contention(watch: Stopwatch, points: Points, call):
 
 def _lost(watch: Stopwatch, call, start: Start) -> float:
   moving = watch.wall(lambda _: start(), lambda wait: wait())
-  calls = max(1, round(moving / watch.on_device(call)))
+  calls = max(1, min(_MOST_CALLS, round(moving / watch.on_device(call))))
 
   def compute() -> None:
     for n in range(calls):

@@ -45,7 +45,6 @@ class Stopwatch:
     self.machine = machine
     self.room = machine.device_memory // 4
     self._seconds = seconds
-    self._head_start_calls = 0
 
   def on_device(
     self, call: Call, wait: Callable[[Any], Any] = jax.block_until_ready
@@ -61,6 +60,8 @@ class Stopwatch:
     """
     if self.machine.platform == 'cpu':
       return self.wall(call, wait)
+    # Compiled now: nothing but that would be seen in the first one timed.
+    jax.block_until_ready(self._head_start())
     n = itertools.count()
     wait(call(next(n)))  # compiles
     began = time.perf_counter()
@@ -119,24 +120,17 @@ class Stopwatch:
     jax.block_until_ready(busy)
     return time.perf_counter() - began
 
-  def _head_start(self) -> Any:
-    """Gives the device something to do for a few milliseconds."""
-    x, product = self._big_product
-    if not self._head_start_calls:
-      jax.block_until_ready(product(x))
-      began = time.perf_counter()
-      jax.block_until_ready(product(x))
-      seconds = time.perf_counter() - began
-      calls = math.ceil(_HEAD_START_SECONDS / seconds)
-      self._head_start_calls = min(_HEAD_START_CALLS, calls)
-    for _ in range(self._head_start_calls):
-      last = product(x)
-    return last
-
   @functools.cached_property
-  def _big_product(self) -> tuple[Array, Callable]:
+  def _head_start(self) -> Callable[[], Any]:
+    """Gives the device something to do for a few milliseconds."""
     size = (_HEAD_START_SIZE, _HEAD_START_SIZE)
-    return self.numbers(size, 'bfloat16'), jax.jit(lambda x: x @ x)
+    x, product = self.numbers(size, 'bfloat16'), jax.jit(lambda x: x @ x)
+    jax.block_until_ready(product(x))  # compiles
+    began = time.perf_counter()
+    jax.block_until_ready(product(x))
+    calls = math.ceil(_HEAD_START_SECONDS / (time.perf_counter() - began))
+    calls = min(_HEAD_START_CALLS, calls)
+    return lambda: [product(x) for _ in range(calls)][-1]
 
   def numbers(
     self, shape: Sequence[int], dtype: Any, home: Sharding | None = None
