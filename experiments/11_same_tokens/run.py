@@ -46,13 +46,17 @@ BLOCK = {'batch_size': 4, 'num_batches': 4}
 DEVICE = {'weights': (100, 0, 0), 'cache': (100, 0, 0), 'hidden': (100, 0, 0)}
 PLACEMENTS: dict[str, dict[str, Any]] = {
   'device': DEVICE,
-  'host': {'weights': (0, 100, 0), 'cache': (0, 100, 0), 'hidden': (0, 100, 0)},
+  'host': {
+    'weights': (0, 100, 0), 'cache': (0, 100, 0), 'hidden': (0, 100, 0),
+    'attention': 'device',
+  },
   'disk': {'weights': (0, 0, 100), 'cache': (0, 0, 100), 'hidden': (0, 0, 100)},
   'all three': {
     'weights': (30, 40, 30), 'cache': (30, 40, 30), 'hidden': (30, 40, 30)
   },
   'host, row order': {
-    'weights': (0, 100, 0), 'cache': (0, 100, 0), 'schedule': 'row'
+    'weights': (0, 100, 0), 'cache': (0, 100, 0), 'schedule': 'row',
+    'attention': 'device',
   },
   'host attention': {
     'weights': (0, 100, 0), 'cache': (0, 100, 0), 'attention': 'host'
@@ -224,7 +228,7 @@ def place(
   """Runs a model wherever its tensors may be, a row for each placement."""
   near, home = None, {}
   for name, policy in PLACEMENTS.items():
-    if 'cache_bits' in options and 'attention' in policy:
+    if 'cache_bits' in options and policy.get('attention') == 'host':
       continue  # What a CPU attends to is not packed.
     folder = f'{model}-disk-{options.get("weight_bits", 16)}'
     tokens, stats = generate(model, asked, disk_dir=folder, **policy, **options)

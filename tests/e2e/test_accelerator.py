@@ -19,7 +19,11 @@ pytestmark = [
 PROMPTS = ['def ', 'import os\n', 'class Counter:\n    def __init__(']
 POLICIES = {
   'device': {'weights': (100, 0, 0), 'cache': (100, 0, 0)},
-  'host': {'weights': (0, 100, 0), 'cache': (0, 100, 0)},
+  'host': {
+    'weights': (0, 100, 0),
+    'cache': (0, 100, 0),
+    'attention': 'device',
+  },
   'disk': {'weights': (0, 0, 100), 'cache': (0, 0, 100)},
   'all three': {
     'weights': (30, 40, 30),
@@ -31,6 +35,7 @@ POLICIES = {
     'weights': (0, 100, 0),
     'cache': (0, 100, 0),
     'schedule': 'row',
+    'attention': 'device',
     'num_batches': 3,
   },
   'host attention': {
