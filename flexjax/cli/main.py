@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 
 from absl import flags
 
@@ -43,9 +44,9 @@ def _main(argv: list[str]) -> int:
     return 0
   if name not in COMMANDS:
     return _refuse(f"no command is called '{name}'; there are {_names()}")
-  signal.signal(signal.SIGTERM, signal.default_int_handler)
   try:
-    command = importlib.import_module(f'flexjax.cli.{name}')
+    command = _import(name)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     if hasattr(command, 'main'):  # it reads its arguments itself, --help too
       code = command.main(argv[2:]) or 0
     else:
@@ -62,6 +63,19 @@ def _main(argv: list[str]) -> int:
     print('flexjax: interrupted', file=sys.stderr)
     return _INTERRUPTED
   return code
+
+
+def _import(name: str) -> ModuleType:
+  """Imports a command. Interrupted meanwhile, the process ends at once: there
+  is nothing to tidy yet, and libraries may lose what interrupts them."""
+  handler = signal.getsignal(signal.SIGINT)
+  if handler is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+  try:
+    return importlib.import_module(f'flexjax.cli.{name}')
+  finally:
+    if handler is signal.default_int_handler:
+      signal.signal(signal.SIGINT, handler)
 
 
 def _run(command, name: str, arguments: Sequence[str]) -> int:

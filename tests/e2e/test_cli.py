@@ -3,6 +3,8 @@
 import importlib.metadata
 import json
 import os
+import signal
+import textwrap
 
 import pytest
 
@@ -14,6 +16,8 @@ from tests.commands import (
   refuses,
   shard,
   snapshot,
+  start,
+  wait_for,
   write,
 )
 
@@ -314,3 +318,34 @@ def test_version(flexjax):
   done = flexjax('--version')
   assert (done.code, done.stderr) == (0, '')
   assert done.stdout == f'flexjax {importlib.metadata.version("flexjax")}\n'
+
+
+def test_interrupted_while_libraries_are_imported(tmp_path):
+  """Though they lose it: here, one that carries on whatever is raised."""
+  (tmp_path / 'jax.py').write_text(
+    textwrap.dedent("""\
+      import pathlib
+      import time
+      pathlib.Path('importing').touch()
+      for _ in range(300):
+        try:
+          time.sleep(0.1)
+        except BaseException:
+          pass
+    """)
+  )
+  with start('generate', cwd=tmp_path) as process:
+    wait_for(process, (tmp_path / 'importing').exists)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=20)
+  assert process.returncode == -signal.SIGINT
+  assert (stdout, stderr) == ('', '')
+
+
+def test_what_it_can_do_is_said_without_jax(tmp_path):
+  (tmp_path / 'jax.py').write_text('raise SystemExit(9)')
+  for flag in ('--help', '--version'):
+    with start(flag, cwd=tmp_path) as process:
+      stdout, _ = process.communicate(timeout=20)
+    assert process.returncode == 0
+    assert 'flexjax' in stdout
