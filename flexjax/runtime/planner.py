@@ -15,7 +15,7 @@ from flexjax.config import ModelConfig, Packing, Policy, Split, Workload
 from flexjax.errors import InputError
 from flexjax.hardware import Hardware
 from flexjax.models import opt
-from flexjax.policy.plan import Plan, resolve
+from flexjax.policy.plan import Plan, can_fit, fill, resolve
 from flexjax.policy.problem import Problem
 from flexjax.policy.search import Request, Variant
 from flexjax.quant import kernels, keys
@@ -247,15 +247,17 @@ class Planner:
       prompt_len=request.prompt_len,
       gen_len=request.gen_len,
     )
-    refusals = []
+    lowest: list[tuple[int, Problem, Policy]] = []
     for variant in self._variants(fixed):
-      problem = variant.problem(work)
-      try:
-        return resolve(problem, variant.policy, fixed)
-      except InputError as e:
-        needs = sum(problem.group_bytes) + problem.cache_bytes
-        refusals.append((needs, e))
-    raise min(refusals, key=lambda refusal: refusal[0])[1]  # needs least
+      problem, policy = variant.problem(work), variant.policy
+      if can_fit(problem, policy):
+        plan = fill(problem, policy, fixed)
+        if plan.fits:
+          return plan
+      needs = sum(problem.group_bytes) + problem.cache_bytes
+      lowest.append((needs, problem, policy))
+    _, problem, policy = min(lowest, key=lambda one: one[0])
+    return resolve(problem, policy, fixed)  # refuses, and says why
 
   def _shortest(self, request: Request, fixed, watched: bool) -> Plan:
     """The plan of the smallest block, if that is short enough.

@@ -11,7 +11,7 @@ from flexjax.config import ModelConfig, Policy, Split, Workload, parse_bytes
 from flexjax.errors import InputError
 from flexjax.policy import cost
 from flexjax.policy.placement import TIERS, total
-from flexjax.policy.plan import evaluate, resolve
+from flexjax.policy.plan import can_fit, evaluate, fill, resolve
 from flexjax.policy.problem import CLASSES, Problem
 
 CONFIG = ModelConfig(
@@ -121,6 +121,23 @@ def test_budgets_are_kept_or_the_request_is_refused(budgets, policy):
       assert getattr(plan.policy, name) == asked
     if p.sizes(name):
       assert sum(plan.placement[name].values()) == pytest.approx(1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(BUDGETS, POLICIES)
+def test_what_cannot_fit_does_not(budgets, policy):
+  p = problem(**budgets)
+  if fill(p, policy).fits:
+    assert can_fit(p, policy)
+
+
+def test_a_block_that_is_far_too_large_is_not_filled():
+  """Advice comes from the first smaller one that might fit."""
+  p = problem(device=2**20, host=2**20, disk=0)
+  assert can_fit(p, Policy())
+  for batch_size in (10**4, 10**6):
+    work = dataclasses.replace(p.work, batch_size=batch_size)
+    assert not can_fit(dataclasses.replace(p, work=work), Policy())
 
 
 @settings(max_examples=25, deadline=None)
