@@ -7,6 +7,7 @@ would make an impossible request fit.
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from flexjax.config import MAX_DISK_WRITES, Policy, Split, format_bytes
 from flexjax.errors import InputError
@@ -179,15 +180,12 @@ def resolve(
 def can_fit(problem: Problem, policy: Policy) -> bool:
   """Whether it might fit: False where what computing takes, or all there is to
   keep, is too much whatever the splits are. Much quicker than `fill`."""
-  policy = dataclasses.replace(policy, **dict.fromkeys(CLASSES))
+  anywhere, budgets = _unplaced(policy), problem.budgets
   working = max(
-    cost.working_bytes(problem, policy, prefill) for prefill in (True, False)
+    cost.working_bytes(problem, anywhere, prefill) for prefill in (True, False)
   )
-  kept = sum(sum(problem.sizes(name).values()) for name in CLASSES)
-  budgets = problem.budgets
-  return working <= budgets['device'] and working + kept <= sum(
-    budgets.values()
-  )
+  held = working + sum(sum(problem.sizes(name).values()) for name in CLASSES)
+  return working <= budgets['device'] and held <= sum(budgets.values())
 
 
 def fill(
@@ -199,15 +197,15 @@ def fill(
   if policy.attention == 'host':
     policy = dataclasses.replace(policy, cache=Split(0, 100, 0))
   given = {name: getattr(policy, name) for name in CLASSES}
-  splits = {name: split or bottom for name, split in given.items()}
+  splits: dict[str, Any] = {n: split or bottom for n, split in given.items()}
   plan = evaluate(problem, dataclasses.replace(policy, **splits), fixed)
   for tier in _PASSES:
     for name in CLASSES:
       if given[name] is not None:
         continue
       for split in _raised(splits[name], tier):
-        raised = dataclasses.replace(policy, **(splits | {name: split}))
-        better = evaluate(problem, raised, fixed)
+        raised = splits | {name: split}
+        better = evaluate(problem, dataclasses.replace(policy, **raised), fixed)
         if better.fits or better.over < plan.over:
           plan, splits[name] = better, split
           break
@@ -224,6 +222,10 @@ def _raised(split: Split, tier: str) -> Iterator[Split]:
     elif tier == 'host' and split.disk:
       disk = split.disk * below / 100
       yield Split(split.device, 100 - split.device - disk, disk)
+
+
+def _unplaced(policy: Policy) -> Policy:
+  return dataclasses.replace(policy, weights=None, cache=None, hidden=None)
 
 
 def _refusal(plan: Plan, policy: Policy, fixed) -> str:
@@ -247,9 +249,7 @@ def _nearest(plan: Plan, policy: Policy, fixed) -> str:
   if not problem.budgets['disk'] and any(s and s.disk for s in given):
     hint = f' ({problem.disk_flag})' if problem.disk_flag else ''
     return f'there is no disk for what is to be on disk{hint}'
-  open_policy = dataclasses.replace(
-    policy, weights=None, cache=None, hidden=None
-  )
+  open_policy = _unplaced(policy)
   # Where nothing is given, that is what has just been tried.
   candidates = [policy] if policy == open_policy else [policy, open_policy]
   least = fill(problem, open_policy, fixed) if candidates[1:] else plan
