@@ -22,11 +22,11 @@ _UNITS = {'': 1, 'k': 10**3, 'm': 10**6, 'g': 10**9, 't': 10**12}
 _UNITS |= {u + 'i': 1024**n for n, u in enumerate(('', *'kmgt')) if u}
 
 
-def parse_bytes(text: str | int | None) -> int | None:
+def parse_bytes(text: str | int | None, name: str = 'size') -> int | None:
   """Reads a size: `16GiB`, `1.5 GB`, `800M`, a number of bytes, or None.
 
   Raises:
-    InputError: the text is no size, or is not positive.
+    InputError: the text is no size, or is not positive; says which, by `name`.
   """
   if text is None or text == '':
     return None
@@ -35,9 +35,11 @@ def parse_bytes(text: str | int | None) -> int | None:
   )
   unit = _UNITS.get(match[2].lower()) if match else None
   if match is None or unit is None:
-    raise InputError(f"'{text}' is not a size; write one like 16GiB or 800MB")
+    raise InputError(
+      f"{name}: '{text}' is not a size; write one like 16GiB or 800MB"
+    )
   if not (value := int(float(match[1]) * unit)):
-    raise InputError(f"a size must be positive, got '{text}'")
+    raise InputError(f"{name} must be positive, got '{text}'")
   return value
 
 

@@ -112,8 +112,8 @@ def load(
       f'max_latency must be a positive number, got {max_latency}'
     )
   budgets = {
-    'device': parse_bytes(device_memory),
-    'host': parse_bytes(host_memory),
+    'device': parse_bytes(device_memory, 'device_memory'),
+    'host': parse_bytes(host_memory, 'host_memory'),
   }
   source = sources.find_source(
     model, random_weights=random_weights, seed=weights_seed

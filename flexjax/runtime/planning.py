@@ -179,11 +179,13 @@ def _planner(
     cache_bits=parse_bits(cache_bits, 'cache_bits'),
     **({'attention': None} | policy),
   )
-  device, host = parse_bytes(device_memory), parse_bytes(host_memory)
+  device = parse_bytes(device_memory, 'device_memory')
+  host = parse_bytes(host_memory, 'host_memory')
   record = _record(hardware, device, host, disk_dir, on_progress)
   disk = record.disk_space
   if disk_space is not None:
-    disk = 0 if str(disk_space) == '0' else parse_bytes(disk_space) or 0
+    zero = str(disk_space) == '0'
+    disk = 0 if zero else parse_bytes(disk_space, 'disk_space') or 0
   if disk and not record.knows_disk:
     raise InputError(f"the record of '{record.name}' says nothing of a disk")
   budgets = {

@@ -27,8 +27,8 @@ class Stats:
     stored: dtype, bits, groups and rounding of weights, bits of the cache.
     block: batch size, number of batches and place of attention, as planned.
     first_tokens: requests that got a token: what the prefill generated.
-    predicted: what the plan expected, if every request got all its tokens: see
-      `simulate.Prediction`.
+    predicted: what the plan expected, if every block were full and every
+      request got all its tokens: see `simulate.Prediction`.
   """
 
   prefill_seconds: float = 0.0
