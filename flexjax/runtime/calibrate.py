@@ -28,7 +28,7 @@ from flexjax.version import VERSION
 
 OnProgress = Callable[[str, int, int], None]
 _log = logging.getLogger(__name__)
-_EDITION = 5  # of what is measured and how: older records are not found
+_EDITION = 6  # of what is measured and how: older records are not found
 _DISK_LINKS = ('disk_to_host', 'host_to_disk')
 
 
@@ -173,7 +173,7 @@ def _with_disk(machine: Machine, record: Hardware, disk_dir: Path) -> Hardware:
       'disk': disks.row_write(watch, todo, disk_dir),
     },
     contention={
-      **contention.losses(watch, todo, disk_dir),
+      **contention.disk_losses(watch, todo, disk_dir),
       **record.contention,
     },
     disk_space=devices.free_disk(disk_dir),

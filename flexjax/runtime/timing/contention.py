@@ -10,11 +10,11 @@ import jax
 from flexjax.runtime.timing import disks, layers
 from flexjax.runtime.timing.links import AT_ONCE, DTYPE, ROW, Start, fill
 from flexjax.runtime.timing.points import Points
-from flexjax.runtime.timing.stopwatch import Stopwatch
+from flexjax.runtime.timing.stopwatch import Call, Stopwatch
 from flexjax.tiers.host import HostTier
 
 _TURNS = 7  # runs of which the median counts
-_MOST_CALLS = 2000  # of a layer, beside a transfer that takes no end
+_MOST_CALLS = 2000  # of a layer, lest one seem to take no time
 
 
 def losses(
@@ -25,35 +25,38 @@ def losses(
   0 where both at once take as long as the longer of them, 1 where they take
   as long as one after the other.
   """
-  if watch.machine.unified and disk_dir is None:
-    return {}
-  width, rows = (2048, 16) if watch.machine.platform == 'cpu' else (2048, 2048)
-  call = layers.mlp_layer(watch, DTYPE, width)(rows)
-  found = {}
-  if disk_dir is not None:
-    with (
-      disks.tier_below(watch, disk_dir) as disk,
-      disks.rows(watch, disk, points.rewritten[-1]) as start,
-    ):
-      found['host_to_disk'] = _lost(watch, call, start)
-    # A CPU copies caches with the cores that it computes with: measured, it
-    # was 0.4 to 1 from one minute to the next.
-    found['disk_to_host'] = 1.0
-  if disk_dir is not None and not watch.machine.unified:
-    with (
-      disks.tier_below(watch, disk_dir) as disk,
-      disks.weights(
-        watch, disk, points.contending_bytes, points.cold_bytes
-      ) as start,
-    ):
-      found['disk_to_host'] = _lost(watch, call, start)
+  found = disk_losses(watch, points, disk_dir) if disk_dir else {}
   if not watch.machine.unified:
-    found |= _host_contention(watch, points, call)
+    found |= _host_losses(watch, points)
   return found
 
 
-def _host_contention(watch: Stopwatch, points: Points, call):
-  machine, key = watch.machine, ('weights', 0)
+def disk_losses(
+  watch: Stopwatch, points: Points, disk_dir: Path
+) -> dict[str, float]:
+  """`losses` of the links with the disk."""
+  call, found = _layer(watch), {}
+  with (
+    disks.tier_below(watch, disk_dir) as disk,
+    disks.rows(watch, disk, points.rewritten[-1]) as start,
+  ):
+    found['host_to_disk'] = _lost(watch, call, start)
+  if watch.machine.unified:
+    # A CPU copies caches with the cores that it computes with: measured, it
+    # was 0.4 to 1 from one minute to the next.
+    return found | {'disk_to_host': 1.0}
+  with (
+    disks.tier_below(watch, disk_dir) as disk,
+    disks.weights(
+      watch, disk, points.contending_bytes, points.cold_bytes
+    ) as start,
+  ):
+    found['disk_to_host'] = _lost(watch, call, start)
+  return found
+
+
+def _host_losses(watch: Stopwatch, points: Points) -> dict[str, float]:
+  machine, key, call = watch.machine, ('weights', 0), _layer(watch)
   shape = (points.contending_bytes // ROW, ROW // 2)
   tier = HostTier(machine.pinned, machine.device)
   fill(watch, tier, key, shape)
@@ -73,6 +76,11 @@ def _host_contention(watch: Stopwatch, points: Points, call):
   }
   tier.close()
   return found
+
+
+def _layer(watch: Stopwatch) -> Call:
+  width, rows = (2048, 16) if watch.machine.platform == 'cpu' else (2048, 2048)
+  return layers.mlp_layer(watch, DTYPE, width)(rows)
 
 
 def _lost(watch: Stopwatch, call, start: Start) -> float:

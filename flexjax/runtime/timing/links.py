@@ -70,21 +70,28 @@ def row_write(watch: Stopwatch, points: Points) -> dict[str, Curve]:
   'cpu' is a cache that the CPU attends to beside an accelerator.
   """
   machine, attended = watch.machine, devices.ATTENDED[-1]
+  on_device = watch.on_device
   if machine.unified:  # the same memory, written by the same function
     tier = DeviceTier(machine.device)
-    curve = _write_curve(watch, points, tier, attended)
+    curve = _write_curve(watch, points, tier, attended, on_device)
     return {'device': curve, 'host': curve}
+  there = DeviceTier(machine.device)
   host = HostTier(machine.pinned, machine.device)
   near = HostTier(machine.cpu, machine.cpu)
   return {
-    'device': _write_curve(watch, points, DeviceTier(machine.device), DTYPE),
-    'host': _write_curve(watch, points, host, DTYPE),
-    'cpu': _write_curve(watch, points, near, attended),
+    'device': _write_curve(watch, points, there, DTYPE, on_device),
+    'host': _write_curve(watch, points, host, DTYPE, on_device),
+    # The device's head start would hide what the CPU does.
+    'cpu': _write_curve(watch, points, near, attended, watch.wall),
   }
 
 
 def _write_curve(
-  watch: Stopwatch, points: Points, tier: DeviceTier, dtype: str
+  watch: Stopwatch,
+  points: Points,
+  tier: DeviceTier,
+  dtype: str,
+  clock: Callable[..., float],
 ) -> Curve:
   key: Key = ('cache', 0, 0)
   found = []
@@ -100,7 +107,7 @@ def _write_curve(
       # Not the first rows, which a host tier takes in another way.
       tier.write(key, rows, At(CACHE_AXIS, (1 + turn % 4) * t))
 
-    found.append((nbytes, watch.on_device(call, lambda _: tier.wait())))
+    found.append((nbytes, clock(call, lambda _: tier.wait())))
     tier.free(key)
   tier.close()
   return rising(found)

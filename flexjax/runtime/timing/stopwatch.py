@@ -21,6 +21,7 @@ from flexjax.runtime.devices import Machine
 
 Call = Callable[[int], Any]
 _MOST_RUNS = 20
+_FEWEST_RUNS = 3  # of which the median counts
 _CHAIN = 20  # calls behind each other; with the head start fewer than 32
 _HEAD_START_SECONDS = 6e-3
 _HEAD_START_CALLS = 10
@@ -52,7 +53,8 @@ class Stopwatch:
     """Returns the seconds that the device takes for one call.
 
     An accelerator is given something else first, so that dispatching the calls
-    does not count: what they add to the time of that is theirs.
+    does not count: what they add to the time of that is theirs. What is too
+    little to be seen beside it is `_LEAST`.
 
     Args:
       call: call(n) for n = 0, 1, 2, ...; may take other operands each time.
@@ -60,8 +62,7 @@ class Stopwatch:
     """
     if self.machine.platform == 'cpu':
       return self.wall(call, wait)
-    # Compiled now: nothing but that would be seen in the first one timed.
-    jax.block_until_ready(self._head_start())
+    jax.block_until_ready(self._head_start())  # compiles
     n = itertools.count()
     wait(call(next(n)))  # compiles
     began = time.perf_counter()
@@ -69,15 +70,16 @@ class Stopwatch:
     once = time.perf_counter() - began
     calls = max(1, min(_CHAIN, int(self._seconds / once / 3)))
     added, began = [], time.perf_counter()
-    for _ in range(_MOST_RUNS):
+    for turn in range(_MOST_RUNS):
       alone = self._after_head_start(lambda: None)
       added.append(
         self._after_head_start(
-          lambda: wait([call(next(n)) for _ in range(calls)][-1])
+          lambda: wait(_last(lambda: call(next(n)), calls))
         )
         - alone
       )
-      if time.perf_counter() - began > self._seconds:
+      enough = time.perf_counter() - began > self._seconds
+      if enough and turn + 1 >= _FEWEST_RUNS:
         break
     return max(statistics.median(added) / calls, _LEAST)
 
@@ -122,7 +124,7 @@ class Stopwatch:
 
   @functools.cached_property
   def _head_start(self) -> Callable[[], Any]:
-    """Gives the device something to do for a few milliseconds."""
+    """What gives the device something to do for a few milliseconds."""
     size = (_HEAD_START_SIZE, _HEAD_START_SIZE)
     x, product = self.numbers(size, 'bfloat16'), jax.jit(lambda x: x @ x)
     jax.block_until_ready(product(x))  # compiles
@@ -130,7 +132,7 @@ class Stopwatch:
     jax.block_until_ready(product(x))
     calls = math.ceil(_HEAD_START_SECONDS / (time.perf_counter() - began))
     calls = min(_HEAD_START_CALLS, calls)
-    return lambda: [product(x) for _ in range(calls)][-1]
+    return lambda: _last(lambda: product(x), calls)
 
   def numbers(
     self, shape: Sequence[int], dtype: Any, home: Sharding | None = None
@@ -151,6 +153,13 @@ class Stopwatch:
     """How many operands of `nbytes` to take in turn, so that none is cached."""
     count = min(_MOST_COPIES, -(-_COLD_BYTES // nbytes), self.room // nbytes)
     return max(1, count)
+
+
+def _last(run: Callable[[], Any], count: int) -> Any:
+  """Runs it so often and returns the last result, of which others are freed."""
+  for _ in range(count):
+    result = run()
+  return result
 
 
 @functools.cache
