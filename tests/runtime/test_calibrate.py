@@ -13,7 +13,7 @@ import pytest
 from flexjax import hardware
 from flexjax.config import DTYPE_BYTES, QUERY_CHUNK
 from flexjax.errors import InputError
-from flexjax.hardware import DISPATCHED, Curve, Family, Hardware
+from flexjax.hardware import DISPATCHED, LINKS, Curve, Family, Hardware
 from flexjax.policy.charges import computed_scores
 from flexjax.runtime import calibrate, devices
 from flexjax.runtime.timing import contention, layers, links, stopwatch
@@ -273,6 +273,24 @@ def test_written_rows_are_counted_as_a_cache_keeps_them(machine):
   for curve in found.values():
     ((nbytes, _),) = curve.points
     assert nbytes == 128 * DTYPE_BYTES[devices.ATTENDED[-1]]
+  beside = dataclasses.replace(machine, unified=False)
+  found = links.row_write(Stopwatch(beside, 0.0), todo)
+  assert set(found) == {'device', 'host', 'cpu'}
+
+
+def test_computing_loses_to_every_link_there_is(machine, tmp_path):
+  todo = dataclasses.replace(points('cpu', True), contending_bytes=2**20)
+  beside = dataclasses.replace(machine, unified=False)
+  for there, root, expected in (
+    (machine, None, set()),
+    (machine, tmp_path, {'host_to_disk', 'disk_to_host'}),
+    (beside, None, {'host_to_device', 'device_to_host'}),
+    (beside, tmp_path, set(LINKS)),
+  ):
+    found = contention.losses(Stopwatch(there, 0.0), todo, root)
+    assert set(found) == expected
+    assert all(0 <= part <= 1 for part in found.values())
+  assert not list(tmp_path.iterdir())
 
 
 def test_a_small_device_is_measured_with_little(machine):
