@@ -53,8 +53,9 @@ class Stopwatch:
     """Returns the seconds that the device takes for one call.
 
     An accelerator is given something else first, so that dispatching the calls
-    does not count: what they add to the time of that is theirs. What is too
-    little to be seen beside it is `_LEAST`.
+    does not count: what they add to the time of that is theirs. Where that
+    seems to be nothing it is tried again, at most `_MOST_RUNS` times in all;
+    what is still too little to be seen is `_LEAST`.
 
     Args:
       call: call(n) for n = 0, 1, 2, ...; may take other operands each time.
@@ -78,10 +79,11 @@ class Stopwatch:
         )
         - alone
       )
+      seconds = statistics.median(added) / calls
       enough = time.perf_counter() - began > self._seconds
-      if enough and turn + 1 >= _FEWEST_RUNS:
+      if enough and turn + 1 >= _FEWEST_RUNS and seconds > _LEAST:
         break
-    return max(statistics.median(added) / calls, _LEAST)
+    return max(seconds, _LEAST)
 
   def wall(
     self,
