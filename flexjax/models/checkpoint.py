@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from flexjax.config import DTYPE_BYTES
-from flexjax.errors import InputError
+from flexjax.errors import InputError, UnusableWeights
 from flexjax.models.hf_config import read_config, read_json
 from flexjax.models.hf_names import canonical, layout
 from flexjax.models.tensor_file import LazyTensor, open_safetensors
@@ -136,8 +136,8 @@ class Checkpoint:
     A single row that is larger makes a piece of its own.
 
     Raises:
-      InputError: a file shrank since it was opened, or a weight is not finite
-        or too large for `dtype`.
+      InputError: a file shrank since it was opened.
+      UnusableWeights: a weight is not finite or too large for `dtype`.
     """
     dtype = np.dtype(dtype)
     for name, parts in self._layout[group].items():
@@ -182,7 +182,7 @@ def _read(
           rows = rows.astype(np.float32)
         out[low - begin : high - begin] = rows
   except FloatingPointError:
-    raise InputError(
+    raise UnusableWeights(
       f"{tensor.path}: tensor '{tensor.name}' has values too large for "
       f'{dtype.name}; use bfloat16 or float32'
     ) from None
@@ -199,7 +199,7 @@ def _finite(tensor: LazyTensor, array: np.ndarray) -> np.ndarray:
   last = np.array(np.inf, array.dtype).view(f'u{array.itemsize}')
   for kind, limit in (('i', int(last)), ('u', int(last) | 1 << (bits - 1))):
     if array.size and array.view(f'{kind}{array.itemsize}').max() >= limit:
-      raise InputError(
+      raise UnusableWeights(
         f"{tensor.path}: tensor '{tensor.name}' holds numbers that are not "
         'finite'
       )

@@ -103,6 +103,7 @@ class WeightFolder:
 
   def _read(self) -> None:
     if (held := read_manifest(self.root)) is None:
+      self.complete, self.waves = set(), None  # it may have been forgotten
       return
     mine: dict[str, Any] = {'model': self._model, **self.form.to_json()}
     theirs = {'model': held.model, **held.form.to_json()}
@@ -127,6 +128,12 @@ class WeightFolder:
     _write(self.root / _WAVES, buffer.getvalue())
     self.waves = hashlib.sha256(buffer.getvalue()).hexdigest()
     self._write()
+
+  def forget(self) -> None:
+    """Lets the folder hold nothing; for one that is locked."""
+    self.complete, self.waves = set(), None
+    for name in (_NAME, _WAVES):
+      (self.root / name).unlink(missing_ok=True)
 
   def _write(self) -> None:
     fields: Mapping[str, Any] = {

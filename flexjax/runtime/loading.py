@@ -11,7 +11,7 @@ import numpy as np
 from flexjax.runtime.folder import WeightFolder
 from flexjax.runtime.store import Store
 from flexjax.tiers.base import At, Spec, spec_bytes
-from flexjax.tiers.disk import DiskTier, read_pieces
+from flexjax.tiers.disk import DiskTier, discard, read_pieces
 from flexjax.typing import Piece, WeightSource
 
 
@@ -77,8 +77,10 @@ def write_disk(
   with lock:
     for group in wanted:
       key = ('weights', group)
+      if torn := group not in folder.complete:
+        discard(disk.root, key)  # it may be of another model
       disk.allocate(key, specs[group])
-      if group not in folder.complete:
+      if torn:
         for piece in source.pieces(group, dtype):
           disk.write(key, {piece.name: piece.array}, At(0, piece.row))
           disk.wait()

@@ -2,7 +2,8 @@
 
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import numpy as np
 from flexjax import atomic
 from flexjax.config import UNPACKED, Packing, Policy
 from flexjax.data import tokenizer
-from flexjax.errors import InputError
+from flexjax.errors import InputError, UnusableWeights
 from flexjax.runtime import devices, loading
 from flexjax.runtime.codec import Codec
 from flexjax.runtime.folder import WeightFolder, read_manifest, read_waves
@@ -20,7 +21,7 @@ from flexjax.runtime.profile import Profile, no_profile, profile
 from flexjax.runtime.sources import Source, check_dtype
 from flexjax.runtime.store import Store
 from flexjax.tiers.base import spec_bytes
-from flexjax.tiers.disk import DiskTier
+from flexjax.tiers.disk import DiskTier, discard
 from flexjax.typing import WeightSource
 
 OnGroup = Callable[[int, int], None]
@@ -116,7 +117,22 @@ class Weights:
     open_disk: Callable[[], DiskTier],
     on_group: OnGroup,
   ) -> None:
-    """Brings every weight group to its place."""
+    """Brings every weight group to its place.
+
+    Raises:
+      UnusableWeights: the source cannot be stored so; the folder is empty then.
+    """
+    with self._undone_if_unusable(form):
+      self._fill(form, places, store, open_disk, on_group)
+
+  def _fill(
+    self,
+    form: Format,
+    places: Mapping[int, str],
+    store: Store,
+    open_disk: Callable[[], DiskTier],
+    on_group: OnGroup,
+  ) -> None:
     done = 0
 
     def one(group: int) -> None:
@@ -140,19 +156,43 @@ class Weights:
     self._found = None  # hundreds of megabytes, for a large model
 
   def write(self, form: Format, disk: DiskTier, on_group: OnGroup) -> None:
-    """Writes all that the folder does not hold, tokenizer included."""
+    """Writes all that the folder does not hold, tokenizer included.
+
+    Raises:
+      UnusableWeights: as of `fill`.
+    """
     assert self.root is not None
     specs, folder = form.specs(self.source.config), self.folder(form)
-    self._claim(form, folder)
-    loading.write_disk(
-      self._source(form, folder),
-      specs,
-      range(len(specs)),
-      jnp.dtype(form.dtype),
-      disk,
-      folder,
-      lambda group: on_group(group + 1, len(specs)),
-    )
+    with self._undone_if_unusable(form):
+      self._claim(form, folder)
+      loading.write_disk(
+        self._source(form, folder),
+        specs,
+        range(len(specs)),
+        jnp.dtype(form.dtype),
+        disk,
+        folder,
+        lambda group: on_group(group + 1, len(specs)),
+      )
+
+  @contextmanager
+  def _undone_if_unusable(self, form: Format) -> Iterator[None]:
+    """Empties the folder of weights that can never be whole, lest they keep
+    those of a mended checkpoint, or of another dtype, from it."""
+    try:
+      yield
+    except UnusableWeights:
+      if self.root and self.root.is_dir():
+        with suppress(InputError):  # it holds others by now
+          self._empty(form)
+      raise
+
+  def _empty(self, form: Format) -> None:
+    folder = self.folder(form)
+    with folder.locked():
+      folder.forget()
+      for group in range(len(form.specs(self.source.config))):
+        discard(folder.root, ('weights', group))
 
   def waves(self, form: Format) -> np.ndarray:
     """Returns [num_layers, N, H, R], what keys have in common; see

@@ -252,6 +252,11 @@ class _DiskRead:
       self._buffers.give(view, [arrays[name], *after])
 
 
+def discard(root: Path, key: Key) -> None:
+  """Deletes what the disk tier below `root` holds of a key, if anything."""
+  shutil.rmtree(root / _folder_of(key), ignore_errors=True)
+
+
 def read_pieces(root: Path, key: Key, spec: Spec) -> Iterator[Piece]:
   """Yields what the disk tier below `root` holds of a key, a chunk at a time.
 

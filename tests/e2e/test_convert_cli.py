@@ -149,6 +149,20 @@ def test_killed_at_a_file_that_is_replaced(flexjax, place, name, count, bits):
   assert weights_in(place / 'killed') == weights_in(place / 'whole')
 
 
+def test_killed_before_the_first_group(flexjax, place, tmp_path):
+  """What is listed nowhere is in nobody's way."""
+  make_checkpoint(tmp_path / 'wide', hidden_size=64)
+  save_tokenizer(tmp_path / 'wide')
+  disk = f'--disk_dir={place}/disk'
+  assert flexjax('convert', f'--model={place}/one', disk).code == 0
+  (place / 'disk' / 'flexjax.json').unlink()
+  done = flexjax('convert', f'--model={place}/wide', disk)
+  assert done.code == 0, done.stderr
+  whole = f'--disk_dir={place}/whole'
+  assert flexjax('convert', f'--model={place}/wide', whole).code == 0
+  assert weights_in(place / 'disk') == weights_in(place / 'whole')
+
+
 def test_lost_chunk_is_not_read_as_zeros(flexjax, place):
   argv = [f'--model={place}/one', f'--disk_dir={place}/disk', '--dtype=float32']
   assert flexjax('convert', *argv).code == 0

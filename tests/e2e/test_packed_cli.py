@@ -331,3 +331,50 @@ def test_cache_bits_and_attention_on_host(flexjax, place):
   argv = ['generate', f'--model={place}/one', f'--input={place}/in.jsonl']
   argv += ['--attention=host', '--cache_bits=4']
   refuses(flexjax(*argv), r'attention.*cache_bits')
+
+
+@pytest.mark.parametrize('bits', [16, 4])
+@pytest.mark.parametrize('command', ['convert', 'generate'])
+def test_mended_checkpoint_finds_an_empty_folder(fast, place, command, bits):
+  """Where groups of a damaged one were complete before that was seen."""
+  name, number = PREFIX + SPOILT['matrix'][0], float('nan')
+  file = place / 'one' / 'model.safetensors'
+  whole = load_file(file)
+  spoilt = {n: t.clone() for n, t in whole.items()}
+  spoilt[name].view(-1)[0] = number
+  argv = [command, f'--model={place}/one', f'--weight_bits={bits}']
+  argv += ['--dtype=bfloat16', '--rounding=minmax', f'--disk_dir={place}/disk']
+  if command == 'generate':
+    argv += ['--prompt=ab', '--weights=0,40,60', '--cache=100,0,0']
+  save_file(spoilt, file, {'format': 'pt'})
+  refuses(fast(*argv), re.escape(name))
+  assert not list((place / 'disk').glob('weights.*'))
+  assert not (place / 'disk' / 'flexjax.json').exists()
+  save_file(whole, file, {'format': 'pt'})
+  done = fast(*argv)
+  assert done.code == 0, done.stderr
+  assert list((place / 'disk').glob('weights.*'))
+
+
+def test_another_dtype_after_one_that_is_too_small(fast, place):
+  file = place / 'one' / 'model.safetensors'
+  tensors = load_file(file)
+  tensors[PREFIX + SPOILT['matrix'][0]].view(-1)[0] = 1e6
+  save_file(tensors, file, {'format': 'pt'})
+  argv = ['convert', f'--model={place}/one', f'--disk_dir={place}/disk']
+  refuses(fast(*argv, '--dtype=float16'), 'too large for float16; use bfloat16')
+  done = fast(*argv, '--dtype=bfloat16')
+  assert done.code == 0, done.stderr
+
+
+def test_damaged_checkpoint_leaves_others_weights(fast, place):
+  """What the folder holds is not of the one that is refused."""
+  argv = ['--dtype=float32', f'--disk_dir={place}/disk']
+  assert fast('convert', f'--model={place}/one', *argv).code == 0
+  before = snapshot(place / 'disk')
+  file = place / 'one' / 'model.safetensors'
+  tensors = load_file(file)
+  tensors[PREFIX + SPOILT['matrix'][0]].view(-1)[0] = float('nan')
+  save_file(tensors, file, {'format': 'pt'})
+  refuses(fast('convert', f'--model={place}/one', *argv), 'another model')
+  assert snapshot(place / 'disk') == before
