@@ -29,14 +29,14 @@ from flexjax.runtime.ranking import CAUTION
 from flexjax.runtime.simulate import Prediction
 
 FLAGS = flags.FLAGS
-_WIDTH = 110  # of tables where there is no terminal
+_WIDTH = 140  # of tables where there is no terminal
 _SLOWLY = 'if_dispatching_is_slow'  # a field: see `Choice.slowly`
 _POLICY = (
   'dtype', 'weights', 'cache', 'hidden', 'batch_size', 'num_batches',
   'schedule', 'prefetch_depth', 'overlap', 'attention', 'weight_bits',
   'cache_bits', 'group_size', 'device_memory', 'host_memory', 'disk_dir',
   'allow_lossy', 'hardware', 'disk_space', 'prompt_len', 'gen_len',
-  'num_prompts',
+  'num_prompts', 'max_latency',
 )  # fmt: skip
 
 
@@ -69,7 +69,7 @@ def run() -> None:
   arguments: dict[str, Any] = {name: FLAGS[name].value for name in _POLICY}
   model = FLAGS.model
   with report.calibrating() as arguments['on_progress']:
-    choice = plans.plan(model, max_latency=FLAGS.max_latency, **arguments)
+    choice = plans.plan(model, **arguments)
   console = rich.console.Console()
   if not console.is_terminal:
     console = rich.console.Console(width=_WIDTH)

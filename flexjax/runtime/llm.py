@@ -391,7 +391,7 @@ class LLM:
     return math.prod(self.block(prompt_len, gen_len))
 
   def close(self) -> None:
-    """Frees the tiers and deletes the run's files."""
+    """Frees the tiers and deletes the run's files; a later use loads again."""
     self._loaded.close()
 
   def __enter__(self) -> 'LLM':

@@ -64,12 +64,13 @@ def pareto(
   gen_len: int = 32,
   num_prompts: int | None = None,
   hardware: str | Path | Hardware | None = None,
+  max_latency: float | None = None,
   **flags: Any,
 ) -> list[Choice]:
   """Returns plans of which none is both faster and shorter than another, by
   seconds of a block; see `plan`."""
   planner, request = _prepare(
-    model, prompt_len, gen_len, num_prompts, hardware, None, flags
+    model, prompt_len, gen_len, num_prompts, hardware, max_latency, flags
   )
   best = planner.choose(request)
   found = [best]

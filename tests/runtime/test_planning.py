@@ -73,3 +73,12 @@ def test_a_curve_looks_for_the_best_plan_once(monkeypatch):
   planning.pareto('opt-125m', hardware=machine(device=GIB // 4))
   assert sum(bound is None for bound in bounds) == 2  # and the shortest
   assert len(bounds) > 4
+
+
+def test_curve_keeps_within_what_is_asked():
+  given = {'model': 'opt-125m', 'hardware': machine(device=GIB // 4)}
+  curve = planning.pareto(**given)
+  longest = curve[-1].prediction.seconds
+  shorter = planning.pareto(**given, max_latency=longest / 2)
+  assert len(shorter) > 1
+  assert shorter[-1].prediction.seconds <= longest / 2
