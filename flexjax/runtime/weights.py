@@ -183,7 +183,8 @@ class Weights:
       yield
     except UnusableWeights:
       if self.root and self.root.is_dir():
-        with suppress(InputError):  # it holds others by now
+        # It holds others by now, or can only be read.
+        with suppress(InputError, OSError):
           self._empty(form)
       raise
 
