@@ -4,6 +4,8 @@ import importlib.metadata
 import json
 import os
 import signal
+import subprocess
+import sys
 import textwrap
 
 import pytest
@@ -340,6 +342,30 @@ def test_interrupted_while_libraries_are_imported(tmp_path):
     stdout, stderr = process.communicate(timeout=20)
   assert process.returncode == -signal.SIGINT
   assert (stdout, stderr) == ('', '')
+
+
+def test_nothing_is_compiled_into_an_interpreter_that_exits():
+  """XLA compiles in threads, which crash when its client goes at exit."""
+  program = """
+    import atexit, os
+    from flexjax.cli import convert, main
+
+    def run():
+      print('said')
+      raise KeyboardInterrupt
+
+    convert.run = run
+    atexit.register(os.abort)
+    main.main()
+  """
+  done = subprocess.run(
+    [sys.executable, '-c', textwrap.dedent(program), 'convert'],
+    capture_output=True,
+    check=False,
+    text=True,
+  )
+  assert (done.returncode, done.stdout) == (130, 'said\n')
+  assert done.stderr == 'flexjax: interrupted\n'
 
 
 def test_what_it_can_do_is_said_without_jax(tmp_path):
