@@ -195,7 +195,7 @@ class Split:
     parts = dataclasses.astuple(self)
     _refuse_unless(
       all(0 <= p <= 100 for p in parts) and abs(sum(parts) - 100) < 1e-6,
-      f'a split must be three percentages that sum to 100, got '
+      f'a split must be three percentages, none below 0, that sum to 100, got '
       f'{sum(parts):g} from ({", ".join(f"{p:g}" for p in parts)})',
     )
 

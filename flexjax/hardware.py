@@ -276,7 +276,9 @@ class Hardware:
     if unknown := sorted(fields.keys() - names):
       raise InputError(f"unknown field '{unknown[0]}'")
     if missing := sorted(names - fields.keys() - _OPTIONAL):
-      raise InputError(f"field '{missing[0]}' is missing")
+      raise InputError(
+        f"field '{missing[0]}' is missing; flexjax calibrate writes whole ones"
+      )
     values = {}
     for name, value in fields.items():
       try:
@@ -300,6 +302,8 @@ def read(path: str | Path) -> Hardware:
     return Hardware.from_json(json.loads(Path(path).read_text()))
   except OSError as e:
     raise InputError(f"no hardware record at '{path}': {e.strerror}") from None
+  except json.JSONDecodeError as e:
+    raise InputError(f"hardware record '{path}' is not JSON: {e}") from None
   except (InputError, ValueError) as e:
     raise InputError(f"hardware record '{path}': {e}") from None
 

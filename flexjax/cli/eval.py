@@ -52,6 +52,8 @@ def run() -> None:
   path = Path(FLAGS.input)
   of_words = FLAGS.metric == 'last_token'
   text = '' if of_words else files.read_text(path)
+  if not (of_words or text):
+    raise InputError(f"--input '{path}' is empty")
   texts = _texts(path) if of_words else []
   shared.check_files('stats', read=('input',))
   with shared.open_model() as llm, report.progress(llm):

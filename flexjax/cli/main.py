@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -70,7 +71,8 @@ def _main(argv: list[str]) -> int:
       code = _run(command, name, argv[2:])
     sys.stdout.flush()  # here, where a reader that has gone is no error
   except flags.Error as e:
-    return _refuse(str(e))
+    # Of what is no boolean absl says a tuple.
+    return _refuse(re.sub(r"\('([^']*)', .*\)$", r'\1', str(e)))
   except BrokenPipeError:  # whoever reads the results has enough
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

@@ -15,6 +15,8 @@ from typing import Any
 import jax
 from jax.sharding import SingleDeviceSharding
 
+from flexjax.errors import InputError
+
 ATTENDED = ('float32', 'bfloat16')[: 1 + (jax.__version_info__ >= (0, 11))]
 """What a CPU attends to as it is.
 
@@ -116,10 +118,20 @@ def allocator_peak(machine: Machine) -> int | None:
 
 
 def free_disk(path: Path) -> int:
-  """Returns the free bytes of the file system that will hold `path`."""
-  while not path.exists():
-    path = path.parent
-  return shutil.disk_usage(path).free
+  """Returns the free bytes of the file system that will hold `path`.
+
+  Raises:
+    InputError: it is no directory, or cannot become one.
+  """
+  above = path
+  while not above.exists():
+    above = above.parent
+  wrong = f"disk_dir '{path}' cannot be written: '{above}' is "
+  if not above.is_dir():
+    raise InputError(f'{wrong}not a directory')
+  if above != path and not os.access(above, os.W_OK | os.X_OK):
+    raise InputError(f'{wrong}not for this user')
+  return shutil.disk_usage(above).free
 
 
 def _available_memory() -> int:

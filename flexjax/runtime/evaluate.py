@@ -54,7 +54,7 @@ def text_windows(
   examples = windows(ids, leading, window, stride)
   if not examples:
     raise InputError(
-      'the text must have at least 2 tokens, the leading one included, got '
+      'a text must have at least 2 tokens, the leading one included, got '
       f'{len(leading) + len(ids)}'
     )
   return examples

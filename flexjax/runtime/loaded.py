@@ -91,7 +91,8 @@ class LoadedModel:
     self._record, self._lossy = record, allow_lossy
     # A record that is not given is measured again for a disk.
     known = record is None or record.knows_disk
-    self._disk_flag = '--disk_dir' if known else ''
+    flag = 'another --disk_dir' if disk_dir else '--disk_dir'
+    self._disk_flag = flag if known else ''
     self._chosen: dict[Any, Choice] = {}
 
   @property

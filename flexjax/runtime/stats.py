@@ -91,7 +91,7 @@ class Stats:
       f'{phase} bound by {name.replace("_", " ")}'
       for phase, name in self.predicted['binding'].items()
     )
-    return f'{rate:.1f} tokens/s ({", ".join(binding)})'
+    return f'{rate:.1f} tokens/s once compiled ({", ".join(binding)})'
 
   def rows(self) -> list[tuple[str, str]]:
     """Returns label and value of a short table."""

@@ -282,7 +282,13 @@ def _folder_of(key: Key) -> str:
 
 
 def _unreadable(root: Path, key: Key, error: Exception) -> OSError:
-  return OSError(f"'{root}': {_folder_of(key)} cannot be read: {error}")
+  reason = str(error).split(' [tensorstore_spec=')[0]  # internals follow
+  advice = (
+    f"; delete '{root}' and write it again" if key[0] == 'weights' else ''
+  )
+  return OSError(
+    f"'{root}': {_folder_of(key)} cannot be read: {reason}{advice}"
+  )
 
 
 def _files_of(path: Path, array: ts.TensorStore) -> Files | None:

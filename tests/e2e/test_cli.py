@@ -132,7 +132,16 @@ REFUSED = {
   'sum below 100': (None, ['--weights=50,20,20'], r'weights.*100.*\b90\b'),
   'sum above 100': (None, ['--cache=50,50,20'], r'cache.*100.*\b120\b'),
   'two percentages': (None, ['--hidden=50,50'], r'hidden.*50,50'),
-  'negative percentage': (None, ['--weights=150,-50,0'], r'weights'),
+  'negative percentage': (
+    None,
+    ['--weights=150,-50,0'],
+    r'weights.*none below 0',
+  ),
+  'no boolean': (
+    None,
+    ['--overlap=maybe'],
+    r'--overlap=maybe: Non-boolean argument to boolean flag$',
+  ),
   'no number': (None, ['--weights=a,b,c'], r'weights'),
   'nan': (None, ['--weights=nan,0,100'], r'weights'),
   'empty disk_dir': (None, ['--weights=0,0,100', '--disk_dir='], r'disk'),
@@ -157,6 +166,16 @@ REFUSED = {
     None,
     ['--disk_dir={}/in.jsonl', '--weights=0,0,100'],
     r'in\.jsonl',
+  ),
+  'disk_dir that no plan needs is a file': (
+    None,
+    ['--disk_dir={}/in.jsonl', '--weights=100,0,0'],
+    r'disk_dir.*in\.jsonl.*not a directory',
+  ),
+  'disk_dir that no plan needs is below a file': (
+    None,
+    ['--disk_dir={}/in.jsonl/x', '--weights=100,0,0'],
+    r"disk_dir.*in\.jsonl/x.*'[^']*/in\.jsonl' is not a directory",
   ),
   'disk_dir below a file': (
     None,

@@ -176,6 +176,9 @@ def test_lost_chunk_is_not_read_as_zeros(flexjax, place):
     '--weights=0,0,100',
     *argv,
   )
-  refuses(done, r'disk')
+  refuses(
+    done, r"disk.*weights\.2 cannot be read.*; delete '.*/disk' and write"
+  )
+  assert 'tensorstore_spec' not in done.stderr
   assert not out.exists()
   assert not list((place / 'disk').glob('run-*'))

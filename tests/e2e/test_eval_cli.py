@@ -136,7 +136,7 @@ NOT_EVALUATED = {
   'no input file': (None, ['--input={}/none.txt'], r'none\.txt'),
   'input is a directory': (None, ['--input={}/one'], r'/one'),
   'not UTF-8': (write('in.txt', b'ab\xff\xfe'), [], r'in\.txt'),
-  'empty': (write('in.txt', ''), [], r'2 tokens.*got 1'),
+  'empty': (write('in.txt', ''), [], r'/in\.txt.*is empty'),
   'no such metric': (None, ['--metric=bleu'], r'metric.*perplexity.*bleu'),
   'window 1': (None, ['--window=1'], r'window.*between 2 and 40.*\b1$'),
   'window beyond the context': (None, ['--window=41'], r'window.*40.*41'),

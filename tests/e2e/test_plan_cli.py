@@ -338,7 +338,10 @@ def test_a_trace_holds_every_compute(plan, tmp_path):
 
 BAD = {
   'hardware': ('--hardware=nowhere.json', r"hardware record.*'nowhere.json'"),
-  'hardware, no JSON': (f'--hardware={__file__}', r'hardware record.*\.py'),
+  'hardware, no JSON': (
+    f'--hardware={__file__}',
+    r'hardware record.*\.py. is not JSON',
+  ),
   'max_latency': ('--max_latency=0', 'max_latency must be positive'),
   'max_latency, below': ('--max_latency=-3', 'max_latency must be positive'),
   'max_latency, nan': ('--max_latency=nan', 'max_latency must be positive'),
