@@ -182,3 +182,8 @@ def weights_in(disk):
     for path in disk.rglob('*')
     if path.is_file()
   }
+
+
+def has_weights(manifest):
+  """The folder is claimed before the first weights are there."""
+  return manifest.exists() and json.loads(manifest.read_text())['complete']

@@ -29,7 +29,8 @@ def read_lines(path: Path, what: str) -> list[tuple[str, str]]:
     InputError: the same, or there are none; `what` says of what.
   """
   # Not splitlines: JSON strings may hold what Unicode calls a line's end.
-  lines = io.StringIO(read_text(path), newline=None)
+  text = read_text(path).removeprefix('\ufeff')  # Windows' mark of UTF-8
+  lines = io.StringIO(text, newline=None)
   numbered = [
     (f'{path}:{n}', line.removesuffix('\n'))
     for n, line in enumerate(lines, 1)

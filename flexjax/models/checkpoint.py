@@ -6,6 +6,7 @@ when it is opened; then one group at a time streams through in pieces.
 """
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,7 +57,8 @@ class Checkpoint:
     self._tensors = canonical(tensors)
     self._layout = layout(self.config)
     self._find_dtype()
-    self.fingerprint = _fingerprint(path / 'config.json', files)
+    self._stamp = functools.partial(_fingerprint, path / 'config.json', files)
+    self.fingerprint = self._stamp()
 
   @classmethod
   def open(cls, path: str | Path) -> 'Checkpoint':
@@ -136,9 +138,12 @@ class Checkpoint:
     A single row that is larger makes a piece of its own.
 
     Raises:
-      InputError: a file shrank since it was opened.
+      InputError: a file has changed since it was opened.
       UnusableWeights: a weight is not finite or too large for `dtype`.
     """
+    # Else what is read now would be kept under the name of what was there.
+    if not self._unchanged():
+      raise InputError(f"'{self.path}' has changed since it was opened")
     dtype = np.dtype(dtype)
     for name, parts in self._layout[group].items():
       tensors = [self._tensors[part.name] for part in parts]
@@ -155,6 +160,12 @@ class Checkpoint:
           yield Piece(name, row + begin, array)
           del array  # Else it lives on while the next one is read.
         row += count
+
+  def _unchanged(self) -> bool:
+    try:
+      return self._stamp() == self.fingerprint
+    except OSError:  # a file has gone
+      return False
 
 
 def _rows_within(limit: int, tensor: LazyTensor, dtype: np.dtype) -> int:

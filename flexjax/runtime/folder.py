@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ class Held:
     form: how they are stored.
     config: the model that they are of.
     complete: weight groups that are there.
+    tokenizer: names of files that were copied beside them.
     waves: digest of what its keys have in common; None where it is not kept.
   """
 
@@ -45,6 +46,7 @@ class Held:
   config: ModelConfig
   complete: frozenset[int]
   waves: str | None
+  tokenizer: tuple[str, ...]
 
 
 def read_manifest(root: Path | None) -> Held | None:
@@ -65,6 +67,7 @@ def read_manifest(root: Path | None) -> Held | None:
         ModelConfig(**fields['config']),
         frozenset(map(int, fields['complete'])),
         fields['waves'],
+        tuple(fields.get('tokenizer', ())),
       )
   except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
     raise InputError(f"'{path}' cannot be read as a manifest: {e}") from None
@@ -80,14 +83,22 @@ def read_waves(root: Path, digest: str) -> np.ndarray:
   Raises:
     OSError: they are missing or damaged.
   """
-  content = (root / _WAVES).read_bytes()
+  path = root / _WAVES
+  content = path.read_bytes() if path.exists() else b''
   if hashlib.sha256(content).hexdigest() != digest:
-    raise OSError(f"'{root / _WAVES}' is damaged")
+    raise OSError(
+      f"'{path}' is missing or damaged; delete '{root}' and write it again"
+    )
   return np.load(io.BytesIO(content))
 
 
 class WeightFolder:
   """The weights below `root`, as they come.
+
+  Attributes:
+    claimed: the manifest is of these weights; else there is none, or other
+      weights were to come and none did.
+    complete, waves, tokenizer: as of `Held`.
 
   Raises:
     InputError: the folder holds other weights, or another version.
@@ -97,24 +108,37 @@ class WeightFolder:
     self.root = root
     self.form = form
     self._model, self._config = model, config
-    self.complete: set[int] = set()
-    self.waves: str | None = None
     self._read()
 
   def _read(self) -> None:
+    self.claimed = False
+    self.complete: set[int] = set()
+    self.waves: str | None = None
+    self.tokenizer: tuple[str, ...] = ()
     if (held := read_manifest(self.root)) is None:
-      self.complete, self.waves = set(), None  # it may have been forgotten
       return
+    self.tokenizer = held.tokenizer
     mine: dict[str, Any] = {'model': self._model, **self.form.to_json()}
     theirs = {'model': held.model, **held.form.to_json()}
-    for name in mine | theirs:
-      if mine.get(name) != theirs.get(name):
-        raise InputError(
-          f"'{self.root}' holds weights of another model or kind ({name} is "
-          f'{theirs.get(name)}, not {mine.get(name)}); give another '
-          '--disk_dir or delete it'
-        )
-    self.complete, self.waves = set(held.complete), held.waves
+    other = [n for n in mine | theirs if mine.get(n) != theirs.get(n)]
+    if other and held.complete:
+      name = other[0]
+      raise InputError(
+        f"'{self.root}' holds weights of another model or kind ({name} is "
+        f'{theirs.get(name)}, not {mine.get(name)}); give another '
+        '--disk_dir or delete it'
+      )
+    if not other:
+      self.claimed = True
+      self.complete, self.waves = set(held.complete), held.waves
+
+  def claim(self, tokenizer: Sequence[str]) -> None:
+    """Names the model that is to come, and the files that come with it; deletes
+    those that came with another one."""
+    for name in set(self.tokenizer).difference(tokenizer):
+      (self.root / name).unlink(missing_ok=True)
+    self.tokenizer = tuple(tokenizer)
+    self._write()
 
   def add(self, group: int) -> None:
     """Records that a group is complete and on the disk."""
@@ -122,7 +146,7 @@ class WeightFolder:
     self._write()
 
   def keep(self, waves: np.ndarray) -> None:
-    """Keeps the waves of the keys, and claims the folder."""
+    """Keeps the waves of the keys."""
     buffer = io.BytesIO()
     np.save(buffer, waves)
     _write(self.root / _WAVES, buffer.getvalue())
@@ -130,10 +154,10 @@ class WeightFolder:
     self._write()
 
   def forget(self) -> None:
-    """Lets the folder hold nothing; for one that is locked."""
-    self.complete, self.waves = set(), None
-    for name in (_NAME, _WAVES):
+    """Deletes all but the weights themselves; for a folder that is locked."""
+    for name in (*self.tokenizer, _WAVES, _NAME):
       (self.root / name).unlink(missing_ok=True)
+    self._read()
 
   def _write(self) -> None:
     fields: Mapping[str, Any] = {
@@ -143,8 +167,10 @@ class WeightFolder:
       'config': dataclasses.asdict(self._config),
       'complete': sorted(self.complete),
       'waves': self.waves,
+      'tokenizer': self.tokenizer,
     }
     _write(self.root / _NAME, json.dumps(fields).encode())
+    self.claimed = True
 
   @contextmanager
   def locked(self):

@@ -78,7 +78,7 @@ def write_disk(
     for group in wanted:
       key = ('weights', group)
       if torn := group not in folder.complete:
-        discard(disk.root, key)  # it may be of another model
+        discard(disk.root, key, specs[group])  # of another model, perhaps
       disk.allocate(key, specs[group])
       if torn:
         for piece in source.pieces(group, dtype):

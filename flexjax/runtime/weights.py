@@ -15,7 +15,7 @@ from flexjax.data import tokenizer
 from flexjax.errors import InputError, UnusableWeights
 from flexjax.runtime import devices, loading
 from flexjax.runtime.codec import Codec
-from flexjax.runtime.folder import WeightFolder, read_manifest, read_waves
+from flexjax.runtime.folder import Held, WeightFolder, read_manifest, read_waves
 from flexjax.runtime.formats import Format, PackedSource
 from flexjax.runtime.profile import Profile, no_profile, profile
 from flexjax.runtime.sources import Source, check_dtype
@@ -50,7 +50,7 @@ class Weights:
     check_dtype(dtype)
     self.source, self._policy = source, policy
     self.root = disk_dir or (source.path if source.held else None)
-    self._held = source.held or read_manifest(self.root)
+    self._held = source.held or _begun(self.root)
     self._found: Profile | None = None
     self.on_profile: OnGroup = lambda done, total: None
     self.settled = dtype if dtype != 'auto' else None
@@ -191,9 +191,12 @@ class Weights:
   def _empty(self, form: Format) -> None:
     folder = self.folder(form)
     with folder.locked():
+      if not folder.claimed:
+        return
       folder.forget()
-      for group in range(len(form.specs(self.source.config))):
-        discard(folder.root, ('weights', group))
+      for group, spec in enumerate(form.specs(self.source.config)):
+        discard(folder.root, ('weights', group), spec)
+    self._held = None
 
   def waves(self, form: Format) -> np.ndarray:
     """Returns [num_layers, N, H, R], what keys have in common; see
@@ -226,17 +229,23 @@ class Weights:
     waves = self.waves(form) if keeps else None
     with folder.locked():
       if not folder.complete:
-        self._copy_tokenizer(folder.root)
+        self._copy_tokenizer(folder)
       if waves is not None and folder.waves is None:
         folder.keep(waves)
 
-  def _copy_tokenizer(self, root: Path) -> None:
-    if (path := self.source.path) is None or path == root:
-      return
-    for name in tokenizer.FILES:
-      if (path / name).exists():
-        with atomic.replaced(root / name, alone=True) as new:
-          shutil.copyfile(path / name, new)
+  def _copy_tokenizer(self, folder: WeightFolder) -> None:
+    """Named in the manifest before they come, so that a tokenizer never stays
+    without its weights."""
+    path, root = self.source.path, folder.root
+    own = path is not None and path.resolve() == root.resolve()
+    names: list[str] = []
+    if path is not None and not own:
+      names = [name for name in tokenizer.FILES if (path / name).exists()]
+    folder.claim(names)
+    for name in names:
+      assert path is not None
+      with atomic.replaced(root / name, alone=True) as new:
+        shutil.copyfile(path / name, new)
 
   def _source(self, form: Format, folder: WeightFolder | None) -> WeightSource:
     source = self.source.weights
@@ -253,6 +262,12 @@ class Weights:
       form.specs(self.source.config),
       source,
     )
+
+
+def _begun(root: Path | None) -> Held | None:
+  """What a folder holds; nothing, where weights were to come and none did."""
+  held = read_manifest(root)
+  return held if held and held.complete else None
 
 
 def _searches(form: Format) -> bool:

@@ -16,6 +16,7 @@ import uuid
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -100,15 +101,18 @@ class DiskTier(Tier):
     super().allocate(key, spec)
     lasting = key[0] == 'weights'
     folder = (self.root if lasting else self.scratch) / _folder_of(key)
-    self._arrays[key] = {
-      name: ts.open(
-        _array_spec(folder / name, s),
-        create=True,
-        open=lasting,
-        context=self._durable if lasting else self._hasty,
-      ).result()
-      for name, s in spec.items()
-    }
+    try:
+      self._arrays[key] = {
+        name: ts.open(
+          _array_spec(folder / name, s),
+          create=True,
+          open=lasting,
+          context=self._durable if lasting else self._hasty,
+        ).result()
+        for name, s in spec.items()
+      }
+    except ValueError as e:  # TensorStore's, of a file or a full disk
+      raise _unusable(self.root, key, 'written', e) from None
     if lasting and self.unified and can_map():
       for name, array in self._arrays[key].items():
         if files := _files_of(folder / name, array):
@@ -216,7 +220,7 @@ class DiskTier(Tier):
         copy.exception()  # else it would go on
       for view in views.values():
         self._buffers.give(view, [])
-      raise _unreadable(self.root, key, e) from None
+      raise _unusable(self.root, key, 'read', e) from None
     return views, jax.device_put(views, self.device)
 
   def _write(self, key: Key, value, at: At | None, before: Future | None):
@@ -231,7 +235,10 @@ class DiskTier(Tier):
         axis = at.axis % array.ndim
         end = at.begin + rows.shape[axis]
         part = (*(slice(None),) * axis, slice(at.begin, end))
-      array[part].write(rows).result()
+      try:
+        array[part].write(rows).result()
+      except ValueError as e:
+        raise _unusable(self.root, key, 'written', e) from None
 
 
 class _DiskRead:
@@ -252,9 +259,13 @@ class _DiskRead:
       self._buffers.give(view, [arrays[name], *after])
 
 
-def discard(root: Path, key: Key) -> None:
+def discard(root: Path, key: Key, spec: Spec) -> None:
   """Deletes what the disk tier below `root` holds of a key, if anything."""
-  shutil.rmtree(root / _folder_of(key), ignore_errors=True)
+  folder = root / _folder_of(key)
+  for name in spec:
+    shutil.rmtree(folder / name, ignore_errors=True)
+  with suppress(OSError):  # there is none, or something else is in it
+    folder.rmdir()
 
 
 def read_pieces(root: Path, key: Key, spec: Spec) -> Iterator[Piece]:
@@ -274,20 +285,20 @@ def read_pieces(root: Path, key: Key, spec: Spec) -> Iterator[Piece]:
         end = min(row + step, s.shape[0])
         yield Piece(name, row, array[row:end].read().result())
   except ValueError as e:  # how TensorStore says that a file is not right
-    raise _unreadable(root, key, e) from None
+    raise _unusable(root, key, 'read', e) from None
 
 
 def _folder_of(key: Key) -> str:
   return '.'.join(map(str, key))
 
 
-def _unreadable(root: Path, key: Key, error: Exception) -> OSError:
+def _unusable(root: Path, key: Key, how: str, error: Exception) -> OSError:
   reason = str(error).split(' [tensorstore_spec=')[0]  # internals follow
-  advice = (
-    f"; delete '{root}' and write it again" if key[0] == 'weights' else ''
-  )
+  advice = ''
+  if how == 'read' and key[0] == 'weights':
+    advice = f"; delete '{root}' and write it again"
   return OSError(
-    f"'{root}': {_folder_of(key)} cannot be read: {reason}{advice}"
+    f"'{root}': {_folder_of(key)} cannot be {how}: {reason}{advice}"
   )
 
 

@@ -8,6 +8,7 @@ from conftest import make_checkpoint, save_tokenizer
 
 from tests.commands import (
   SMALL_DISK,
+  has_weights,
   refuses,
   snapshot,
   start,
@@ -67,7 +68,7 @@ def test_killed_conversion(flexjax, tmp_path):
   manifest = killed / 'flexjax.json'
   total = len(json.loads((whole / 'flexjax.json').read_text())['complete'])
   with start(*command(killed)) as process:
-    wait_for(process, manifest.exists)
+    wait_for(process, lambda: has_weights(manifest))
     process.kill()
   held = json.loads(manifest.read_text())['complete']
   assert 0 < len(held) < total
@@ -150,17 +151,65 @@ def test_killed_at_a_file_that_is_replaced(flexjax, place, name, count, bits):
 
 
 def test_killed_before_the_first_group(flexjax, place, tmp_path):
-  """What is listed nowhere is in nobody's way."""
+  """Nothing of it is in the way of another model, or stays with that."""
   make_checkpoint(tmp_path / 'wide', hidden_size=64)
-  save_tokenizer(tmp_path / 'wide')
   disk = f'--disk_dir={place}/disk'
-  assert flexjax('convert', f'--model={place}/one', disk).code == 0
-  (place / 'disk' / 'flexjax.json').unlink()
-  done = flexjax('convert', f'--model={place}/wide', disk)
+  # Before the manifest lists a group, and after it names the tokenizer.
+  argv = ['convert', f'--model={place}/one', disk]
+  assert flexjax(*argv, patch=KILLED.format('flexjax.json', 2)).code == 9
+  left = [path.name for path in (place / 'disk').iterdir()]
+  assert {'vocab.json', 'weights.0'} < set(left)
+  done = flexjax('convert', f'--model={place}/wide', disk, '--dtype=float32')
   assert done.code == 0, done.stderr
-  whole = f'--disk_dir={place}/whole'
-  assert flexjax('convert', f'--model={place}/wide', whole).code == 0
+  whole = ['--dtype=float32', f'--disk_dir={place}/whole']
+  assert flexjax('convert', f'--model={place}/wide', *whole).code == 0
   assert weights_in(place / 'disk') == weights_in(place / 'whole')
+
+
+# What TensorStore says where a disk is full.
+FULL = """
+import flexjax.tiers.disk as disk
+
+class Full:
+  def __init__(self, array):
+    self.array = array
+  def __getattr__(self, name):
+    return getattr(self.array, name)
+  def __getitem__(self, part):
+    return self
+  def write(self, rows):
+    return self
+  def result(self):
+    raise ValueError('No space left on device [tensorstore_spec={}]')
+
+allocate = disk.DiskTier.allocate
+
+def allocated(self, key, spec):
+  allocate(self, key, spec)
+  if key == ('weights', 2):
+    self._arrays[key] = {n: Full(a) for n, a in self._arrays[key].items()}
+
+disk.DiskTier.allocate = allocated
+"""
+
+
+def test_disk_that_is_full(flexjax, place):
+  argv = ['convert', f'--model={place}/one', f'--disk_dir={place}/disk']
+  done = flexjax(*argv, patch=FULL)
+  refuses(
+    done, r"/disk': weights\.2 cannot be written: No space left on device$"
+  )
+  assert flexjax(*argv).code == 0
+  assert flexjax(*argv[:-1], f'--disk_dir={place}/whole').code == 0
+  assert weights_in(place / 'disk') == weights_in(place / 'whole')
+
+
+def test_file_in_the_way(flexjax, place):
+  (place / 'disk').mkdir()
+  (place / 'disk' / 'weights.1').write_text('mine')
+  argv = ['convert', f'--model={place}/one', f'--disk_dir={place}/disk']
+  refuses(flexjax(*argv), r"/disk': weights\.1 cannot be written")
+  assert (place / 'disk' / 'weights.1').read_text() == 'mine'
 
 
 def test_lost_chunk_is_not_read_as_zeros(flexjax, place):

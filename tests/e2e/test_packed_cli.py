@@ -9,7 +9,17 @@ import pytest
 from conftest import make_checkpoint, save_tokenizer
 from safetensors.torch import load_file, save_file
 
-from tests.commands import edit, refuses, snapshot, start, wait_for, weights_in
+from flexjax import load
+from flexjax.errors import InputError, UnusableWeights
+from tests.commands import (
+  edit,
+  has_weights,
+  refuses,
+  snapshot,
+  start,
+  wait_for,
+  weights_in,
+)
 
 FAST = """
 import jax
@@ -237,11 +247,6 @@ def test_unfinished_packed_folder(flexjax, small, tmp_path):
   assert snapshot(tmp_path) == before
 
 
-def has_weights(manifest):
-  """The folder is claimed before the first weights are there."""
-  return manifest.exists() and json.loads(manifest.read_text())['complete']
-
-
 def test_killed_packing_is_resumed(fast, tmp_path):
   model = tmp_path / 'model'
   make_checkpoint(model, num_hidden_layers=16, hidden_size=64, ffn_dim=128)
@@ -347,9 +352,12 @@ def test_mended_checkpoint_finds_an_empty_folder(fast, place, command, bits):
   if command == 'generate':
     argv += ['--prompt=ab', '--weights=0,40,60', '--cache=100,0,0']
   save_file(spoilt, file, {'format': 'pt'})
+  (place / 'disk' / 'weights.1').mkdir(parents=True)
+  mine = place / 'disk' / 'weights.1' / 'mine.txt'
+  mine.write_text('mine')
   refuses(fast(*argv), re.escape(name))
-  assert not list((place / 'disk').glob('weights.*'))
-  assert not (place / 'disk' / 'flexjax.json').exists()
+  left = [p for p in (place / 'disk').rglob('*') if p.is_file()]
+  assert left == [mine]
   save_file(whole, file, {'format': 'pt'})
   done = fast(*argv)
   assert done.code == 0, done.stderr
@@ -378,3 +386,24 @@ def test_damaged_checkpoint_leaves_others_weights(fast, place):
   save_file(tensors, file, {'format': 'pt'})
   refuses(fast('convert', f'--model={place}/one', *argv), 'another model')
   assert snapshot(place / 'disk') == before
+
+
+def test_refused_again_and_mended_while_it_is_open(place):
+  """Each use says what is wrong with the files; none keeps what is read now
+  under the name of what was there."""
+  file = place / 'one' / 'model.safetensors'
+  whole = load_file(file)
+  spoilt = {n: t.clone() for n, t in whole.items()}
+  spoilt[PREFIX + SPOILT['matrix'][0]].view(-1)[0] = float('nan')
+  save_file(spoilt, file, {'format': 'pt'})
+  options = {'disk_dir': place / 'disk', 'weights': (0, 0, 100)}
+  options |= {'weight_bits': 4, 'rounding': 'minmax', 'dtype': 'bfloat16'}
+  with load(place / 'one', **options) as llm:
+    for _ in range(2):
+      with pytest.raises(UnusableWeights, match='not finite'):
+        llm.score([[5, 6, 7]])
+    save_file(whole, file, {'format': 'pt'})
+    with pytest.raises(InputError, match='has changed since it was opened'):
+      llm.score([[5, 6, 7]])
+  with load(place / 'one', **options) as llm:
+    llm.score([[5, 6, 7]])
