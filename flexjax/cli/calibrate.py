@@ -57,9 +57,7 @@ def run() -> None:
     )
   hardware.write(path, record)
   print(f'{record.name}\n{record.source}\n')
-  console = rich.console.Console()
-  if not console.is_terminal:
-    console = rich.console.Console(width=_WIDTH)
+  console = report.console(_WIDTH)
   console.print(_table(record))
   print(f'\n{path}')
 

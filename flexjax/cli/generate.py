@@ -35,8 +35,8 @@ def define() -> None:
   flags.DEFINE_string(
     'output',
     None,
-    'File of results, JSONL. Default: standard output, where results of '
-    '--prompt are plain text.',
+    'File of results, JSONL, in place of one that is there. Default: standard '
+    'output, where results of --prompt are plain text.',
   )
   shared.define_sampling()
 

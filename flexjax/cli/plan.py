@@ -70,9 +70,7 @@ def run() -> None:
   model = FLAGS.model
   with report.calibrating() as arguments['on_progress']:
     choice = plans.plan(model, **arguments)
-  console = rich.console.Console()
-  if not console.is_terminal:
-    console = rich.console.Console(width=_WIDTH)
+  console = report.console(_WIDTH)
   show(console, choice)
   curve = plans.pareto(model, **arguments) if FLAGS.pareto else []
   if curve:

@@ -93,6 +93,20 @@ def bar() -> Iterator[Callable[[str, int, int], None]]:
     yield on_progress
 
 
+class _Console(rich.console.Console):
+  """A console that leaves it to the command line what a closed pipe means."""
+
+  def on_broken_pipe(self) -> None:
+    raise BrokenPipeError
+
+
+def console(width: int) -> rich.console.Console:
+  """Returns what prints results: as wide as the terminal, or `width` columns
+  where there is none."""
+  found = _Console()
+  return found if found.is_terminal else _Console(width=width)
+
+
 def show(llm: LLM, figures: Mapping[str, Any] | None = None) -> None:
   """Prints the figures of the latest run, and writes --stats.
 

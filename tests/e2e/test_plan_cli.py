@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from flexjax.models import presets
-from tests.commands import refuses
+from tests.commands import refuses, start
 
 CONFIGS = Path(__file__).parents[2] / 'configs' / 'hardware'
 T4 = CONFIGS / 't4.json'
@@ -381,3 +381,10 @@ def test_of_this_machine_without_a_record(flexjax, tmp_path):
   done = flexjax('plan', f'--stats={stats}', '--prompt_len=16')
   assert done.code == 0, done.stderr
   check(json.loads(stats.read_text()))
+
+
+def test_reader_that_has_gone_is_no_error():
+  with start('plan', '--model=opt-125m', f'--hardware={T4}') as process:
+    process.stdout.close()
+    assert process.stderr.read() == ''
+  assert process.returncode == 0
