@@ -20,6 +20,7 @@ import numpy as np
 
 from flexjax import atomic
 from flexjax.config import ModelConfig
+from flexjax.data import tokenizer
 from flexjax.errors import InputError
 from flexjax.runtime.formats import Format
 
@@ -67,7 +68,8 @@ def read_manifest(root: Path | None) -> Held | None:
         ModelConfig(**fields['config']),
         frozenset(map(int, fields['complete'])),
         fields['waves'],
-        tuple(fields.get('tokenizer', ())),
+        # Whoever wrote it: others' files are not deleted by these names.
+        tuple(n for n in fields.get('tokenizer', ()) if n in tokenizer.FILES),
       )
   except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
     raise InputError(f"'{path}' cannot be read as a manifest: {e}") from None
@@ -132,12 +134,12 @@ class WeightFolder:
       self.claimed = True
       self.complete, self.waves = set(held.complete), held.waves
 
-  def claim(self, tokenizer: Sequence[str]) -> None:
-    """Names the model that is to come, and the files that come with it; deletes
-    those that came with another one."""
-    for name in set(self.tokenizer).difference(tokenizer):
+  def claim(self, names: Sequence[str]) -> None:
+    """Names the model that is to come, and the tokenizer's files that come with
+    it; deletes those that came with another one."""
+    for name in set(self.tokenizer).difference(names):
       (self.root / name).unlink(missing_ok=True)
-    self.tokenizer = tuple(tokenizer)
+    self.tokenizer = tuple(names)
     self._write()
 
   def add(self, group: int) -> None:

@@ -8,6 +8,7 @@ from conftest import make_checkpoint, save_tokenizer
 
 from tests.commands import (
   SMALL_DISK,
+  edit,
   has_weights,
   refuses,
   snapshot,
@@ -164,6 +165,22 @@ def test_killed_before_the_first_group(flexjax, place, tmp_path):
   whole = ['--dtype=float32', f'--disk_dir={place}/whole']
   assert flexjax('convert', f'--model={place}/wide', *whole).code == 0
   assert weights_in(place / 'disk') == weights_in(place / 'whole')
+
+
+def test_a_manifest_names_no_others_files(flexjax, place):
+  """Those of a model that did not come are deleted, by known names alone."""
+  argv = ['convert', f'--disk_dir={place}/disk']
+  assert flexjax(*argv, f'--model={place}/one').code == 0
+  (place / 'mine.txt').write_text('mine')
+  names = ['../mine.txt', f'{place}/mine.txt', 'config.json', 'vocab.json']
+  edit('disk/flexjax.json', model='x', complete=[], tokenizer=names)(place)
+  (place / 'disk' / 'config.json').write_text('{}')
+  for name in ('vocab.json', 'merges.txt'):
+    (place / 'one' / name).unlink(missing_ok=True)
+  assert flexjax(*argv, f'--model={place}/one').code == 0
+  assert (place / 'mine.txt').exists()
+  assert (place / 'disk' / 'config.json').exists()
+  assert not (place / 'disk' / 'vocab.json').exists()
 
 
 # What TensorStore says where a disk is full.
