@@ -262,14 +262,16 @@ def test_truncated_file(tmp_path, kind):
 def test_file_that_shrinks_later(tmp_path):
   source = Checkpoint.open(save(make_model(), tmp_path))
   file = tmp_path / 'model.safetensors'
-  pieces = source.pieces(2, np.float16)
-  next(pieces)
+  pieces, others = (source.pieces(2, np.float16) for _ in range(2))
+  next(pieces), next(others)
   file.write_bytes(file.read_bytes()[:10])
   with pytest.raises(InputError, match='truncated'):
     list(pieces)
   with pytest.raises(InputError, match='has changed since it was opened'):
     assemble(source, source.config, np.float16)
   file.unlink()
+  with pytest.raises(InputError, match='cannot read'):
+    list(others)
   with pytest.raises(InputError, match='has changed since it was opened'):
     assemble(source, source.config, np.float16)
 

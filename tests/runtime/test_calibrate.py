@@ -316,7 +316,7 @@ def test_what_times_an_accelerator_runs_on_any_backend(machine, monkeypatch):
 
 def test_what_compiles_is_not_in_an_accelerators_seconds(machine, monkeypatch):
   monkeypatch.setattr(stopwatch, '_HEAD_START_SIZE', 8)
-  monkeypatch.setattr(stopwatch, '_FEWEST_RUNS', 1)
+  monkeypatch.setattr(stopwatch, '_MOST_RUNS', 1)  # the first is all there is
   jit, products = jax.jit, []
 
   def slow_to_compile(function):
@@ -332,7 +332,7 @@ def test_what_compiles_is_not_in_an_accelerators_seconds(machine, monkeypatch):
 
   monkeypatch.setattr(jax, 'jit', slow_to_compile)
   watch = Stopwatch(dataclasses.replace(machine, platform='gpu'), 0.0)
-  assert watch.on_device(lambda n: time.sleep(0.01)) > stopwatch._LEAST
+  assert watch.on_device(lambda n: time.sleep(0.01)) > 1e-3
   # Nor in those of a product, of which there would be one.
   products.clear()
   watch._head_start()
