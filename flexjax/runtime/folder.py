@@ -123,16 +123,16 @@ class WeightFolder:
     mine: dict[str, Any] = {'model': self._model, **self.form.to_json()}
     theirs = {'model': held.model, **held.form.to_json()}
     other = [n for n in mine | theirs if mine.get(n) != theirs.get(n)]
-    if other and held.complete:
+    if not other:
+      self.claimed = True
+      self.complete, self.waves = set(held.complete), held.waves
+    elif held.complete:
       name = other[0]
       raise InputError(
         f"'{self.root}' holds weights of another model or kind ({name} is "
         f'{theirs.get(name)}, not {mine.get(name)}); give another '
         '--disk_dir or delete it'
       )
-    if not other:
-      self.claimed = True
-      self.complete, self.waves = set(held.complete), held.waves
 
   def claim(self, names: Sequence[str]) -> None:
     """Names the model that is to come, and the tokenizer's files that come with

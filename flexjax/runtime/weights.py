@@ -122,17 +122,6 @@ class Weights:
     Raises:
       UnusableWeights: the source cannot be stored so; the folder is empty then.
     """
-    with self._undone_if_unusable(form):
-      self._fill(form, places, store, open_disk, on_group)
-
-  def _fill(
-    self,
-    form: Format,
-    places: Mapping[int, str],
-    store: Store,
-    open_disk: Callable[[], DiskTier],
-    on_group: OnGroup,
-  ) -> None:
     done = 0
 
     def one(group: int) -> None:
@@ -142,18 +131,19 @@ class Weights:
 
     specs, dtype = form.specs(self.source.config), jnp.dtype(form.dtype)
     folder = self.folder(form) if self.root else None
-    source = self._source(form, folder)
-    if on_disk := [g for g, tier in places.items() if tier == 'disk']:
-      assert folder is not None
-      disk = open_disk()
-      self._claim(form, folder)
-      loading.write_disk(source, specs, on_disk, dtype, disk, folder, one)
-      for group in on_disk:
-        store.places['weights', group] = 'disk'
-    elsewhere = {g: tier for g, tier in places.items() if tier != 'disk'}
-    threads = min(os.cpu_count() or 1, 16)
-    loading.fill_memory(source, specs, elsewhere, dtype, store, threads, one)
-    self._found = None  # hundreds of megabytes, for a large model
+    with self._undone_if_unusable(form):
+      source = self._source(form, folder)
+      if on_disk := [g for g, tier in places.items() if tier == 'disk']:
+        assert folder is not None
+        disk = open_disk()
+        self._claim(form, folder)
+        loading.write_disk(source, specs, on_disk, dtype, disk, folder, one)
+        for group in on_disk:
+          store.places['weights', group] = 'disk'
+      elsewhere = {g: tier for g, tier in places.items() if tier != 'disk'}
+      threads = min(os.cpu_count() or 1, 16)
+      loading.fill_memory(source, specs, elsewhere, dtype, store, threads, one)
+      self._found = None  # hundreds of megabytes, for a large model
 
   def write(self, form: Format, disk: DiskTier, on_group: OnGroup) -> None:
     """Writes all that the folder does not hold, tokenizer included.
@@ -237,15 +227,13 @@ class Weights:
     """Named in the manifest before they come, so that a tokenizer never stays
     without its weights."""
     path, root = self.source.path, folder.root
-    own = path is not None and path.resolve() == root.resolve()
-    names: list[str] = []
-    if path is not None and not own:
-      names = [name for name in tokenizer.FILES if (path / name).exists()]
-    folder.claim(names)
-    for name in names:
-      assert path is not None
-      with atomic.replaced(root / name, alone=True) as new:
-        shutil.copyfile(path / name, new)
+    files: list[Path] = []
+    if path is not None and path.resolve() != root.resolve():
+      files = [f for n in tokenizer.FILES if (f := path / n).exists()]
+    folder.claim([file.name for file in files])
+    for file in files:
+      with atomic.replaced(root / file.name, alone=True) as new:
+        shutil.copyfile(file, new)
 
   def _source(self, form: Format, folder: WeightFolder | None) -> WeightSource:
     source = self.source.weights

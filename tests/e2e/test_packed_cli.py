@@ -277,6 +277,14 @@ SPOILT = {
 }
 
 
+def spoil(file, name, number):
+  """Puts a number in the middle of a checkpoint's tensor."""
+  tensors = load_file(file)
+  tensor = tensors[PREFIX + name]
+  tensor.view(-1)[tensor.numel() // 2 + 1] = number
+  save_file(tensors, file, {'format': 'pt'})
+
+
 NOT_FINITE = [
   *((name, 16) for name in SPOILT),
   ('matrix', 4),
@@ -289,11 +297,7 @@ NOT_FINITE = [
 def test_numbers_that_are_not_finite(fast, place, case, bits):
   """In the middle of a tensor; the line names it; nothing counts as there."""
   name, number = SPOILT[case]
-  file = place / 'one' / 'model.safetensors'
-  tensors = load_file(file)
-  tensor = tensors[PREFIX + name]
-  tensor.view(-1)[tensor.numel() // 2 + 1] = number
-  save_file(tensors, file, {'format': 'pt'})
+  spoil(place / 'one' / 'model.safetensors', name, number)
   argv = [f'--model={place}/one', f'--weight_bits={bits}', '--dtype=bfloat16']
   disk = f'--disk_dir={place}/disk'
   expected = re.escape(name)
@@ -342,33 +346,27 @@ def test_cache_bits_and_attention_on_host(flexjax, place):
 @pytest.mark.parametrize('command', ['convert', 'generate'])
 def test_mended_checkpoint_finds_an_empty_folder(fast, place, command, bits):
   """Where groups of a damaged one were complete before that was seen."""
-  name, number = PREFIX + SPOILT['matrix'][0], float('nan')
   file = place / 'one' / 'model.safetensors'
-  whole = load_file(file)
-  spoilt = {n: t.clone() for n, t in whole.items()}
-  spoilt[name].view(-1)[0] = number
+  whole = file.read_bytes()
   argv = [command, f'--model={place}/one', f'--weight_bits={bits}']
   argv += ['--dtype=bfloat16', '--rounding=minmax', f'--disk_dir={place}/disk']
   if command == 'generate':
     argv += ['--prompt=ab', '--weights=0,40,60', '--cache=100,0,0']
-  save_file(spoilt, file, {'format': 'pt'})
+  spoil(file, *SPOILT['matrix'])
   (place / 'disk' / 'weights.1').mkdir(parents=True)
   mine = place / 'disk' / 'weights.1' / 'mine.txt'
   mine.write_text('mine')
-  refuses(fast(*argv), re.escape(name))
+  refuses(fast(*argv), re.escape(PREFIX + SPOILT['matrix'][0]))
   left = [p for p in (place / 'disk').rglob('*') if p.is_file()]
   assert left == [mine]
-  save_file(whole, file, {'format': 'pt'})
+  file.write_bytes(whole)
   done = fast(*argv)
   assert done.code == 0, done.stderr
   assert list((place / 'disk').glob('weights.*'))
 
 
 def test_another_dtype_after_one_that_is_too_small(fast, place):
-  file = place / 'one' / 'model.safetensors'
-  tensors = load_file(file)
-  tensors[PREFIX + SPOILT['matrix'][0]].view(-1)[0] = 1e6
-  save_file(tensors, file, {'format': 'pt'})
+  spoil(place / 'one' / 'model.safetensors', SPOILT['matrix'][0], 1e6)
   argv = ['convert', f'--model={place}/one', f'--disk_dir={place}/disk']
   refuses(fast(*argv, '--dtype=float16'), 'too large for float16; use bfloat16')
   done = fast(*argv, '--dtype=bfloat16')
@@ -380,10 +378,7 @@ def test_damaged_checkpoint_leaves_others_weights(fast, place):
   argv = ['--dtype=float32', f'--disk_dir={place}/disk']
   assert fast('convert', f'--model={place}/one', *argv).code == 0
   before = snapshot(place / 'disk')
-  file = place / 'one' / 'model.safetensors'
-  tensors = load_file(file)
-  tensors[PREFIX + SPOILT['matrix'][0]].view(-1)[0] = float('nan')
-  save_file(tensors, file, {'format': 'pt'})
+  spoil(place / 'one' / 'model.safetensors', *SPOILT['matrix'])
   refuses(fast('convert', f'--model={place}/one', *argv), 'another model')
   assert snapshot(place / 'disk') == before
 
@@ -392,17 +387,15 @@ def test_refused_again_and_mended_while_it_is_open(place):
   """Each use says what is wrong with the files; none keeps what is read now
   under the name of what was there."""
   file = place / 'one' / 'model.safetensors'
-  whole = load_file(file)
-  spoilt = {n: t.clone() for n, t in whole.items()}
-  spoilt[PREFIX + SPOILT['matrix'][0]].view(-1)[0] = float('nan')
-  save_file(spoilt, file, {'format': 'pt'})
+  whole = file.read_bytes()
+  spoil(file, *SPOILT['matrix'])
   options = {'disk_dir': place / 'disk', 'weights': (0, 0, 100)}
   options |= {'weight_bits': 4, 'rounding': 'minmax', 'dtype': 'bfloat16'}
   with load(place / 'one', **options) as llm:
     for _ in range(2):
       with pytest.raises(UnusableWeights, match='not finite'):
         llm.score([[5, 6, 7]])
-    save_file(whole, file, {'format': 'pt'})
+    file.write_bytes(whole)
     with pytest.raises(InputError, match='has changed since it was opened'):
       llm.score([[5, 6, 7]])
   with load(place / 'one', **options) as llm:
